@@ -40,7 +40,7 @@ class Entry:
     name: str
     factory: Callable[..., Any]
     config: type
-    overrides: Mapping[str, Any] = MappingProxyType({})
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     of: str | None = None
     adjust: PresetFunction | None = None
 
