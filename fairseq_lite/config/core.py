@@ -74,7 +74,7 @@ class CommonEvalConfig:
         "undo the segmentation of the text before printing and scoring: a marker such as '@@ ', "
         "or subword_nmt, sentencepiece, wordpiece, letter, _EOW, silence",
         aliases=("--remove-bpe",),
-        const="subword_nmt",
+        const="@@ ",
     )
     quiet: bool = flag(False, "print only the final line")
     model_overrides: dict[str, Any] = flag(
@@ -258,7 +258,8 @@ class GenerationConfig:
     lenpen: float = flag(1.0, "length penalty: <1 favours short, >1 long outputs")
     unkpen: float = flag(0.0, "unknown-word penalty: <0 gives more, >0 fewer")
     replace_unk: str | None = flag(
-        None, "replace unknown words by the aligned source word, or through a dictionary file",
+        None,
+        "replace unknown words by the aligned source word, or through a dictionary file",
         const="@@",
     )
     sacrebleu: bool = flag(False, "as --scoring sacrebleu")
@@ -347,9 +348,7 @@ class PreprocessConfig:
         if self.workers < 1:
             raise ConfigError(f"--workers {self.workers}: expected 1 or more")
         if self.joined_dictionary and self.srcdict and self.tgtdict:
-            raise ConfigError(
-                "--joined-dictionary: give --srcdict or --tgtdict, not both"
-            )
+            raise ConfigError("--joined-dictionary: give --srcdict or --tgtdict, not both")
         if not self.only_source and not self.target_lang:
             raise ConfigError("--target-lang is needed; or --only-source for one side only")
         if not self.only_source and not self.source_lang:
