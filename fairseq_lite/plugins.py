@@ -38,7 +38,7 @@ def import_user_dir(path: str | Path) -> ModuleType:
         return sys.modules[name]
     init = folder / "__init__.py"
     if init.exists():
-        return _load(name, init, folder, path)
+        return _load(name, init, folder, path, alias=_free_name(folder.name))
     # Modules without a package around them: each is imported as a part of an empty one.
     package = ModuleType(name)
     package.__path__ = [str(folder)]
@@ -52,7 +52,18 @@ def import_user_dir(path: str | Path) -> ModuleType:
     return package
 
 
-def _load(name: str, source: Path, package: Path | None, given: str | Path) -> ModuleType:
+def _free_name(name: str) -> str | None:
+    """The folder's own name, when nothing installed has it: plugins import themselves by it."""
+    try:
+        free = name.isidentifier() and importlib.util.find_spec(name) is None
+    except (ImportError, ValueError):
+        free = False
+    return name if free else None
+
+
+def _load(
+    name: str, source: Path, package: Path | None, given: str | Path, alias: str | None = None
+) -> ModuleType:
     locations = [str(package)] if package else None
     spec = importlib.util.spec_from_file_location(
         name, source, submodule_search_locations=locations
@@ -60,13 +71,14 @@ def _load(name: str, source: Path, package: Path | None, given: str | Path) -> M
     if spec is None or spec.loader is None:
         raise PluginError(f"--user-dir {given}: {source.name} cannot be imported")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    names = [name] if alias is None else [name, alias]
+    sys.modules.update(dict.fromkeys(names, module))
     try:
         spec.loader.exec_module(module)
-    except FliteError:
-        sys.modules.pop(name, None)
-        raise
-    except Exception as e:
-        sys.modules.pop(name, None)
+    except BaseException as e:
+        for each in names:
+            sys.modules.pop(each, None)
+        if isinstance(e, FliteError) or not isinstance(e, Exception):
+            raise
         raise PluginError(f"--user-dir {given}: {source.name}: {type(e).__name__}: {e}") from e
     return module

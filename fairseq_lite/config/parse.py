@@ -125,7 +125,9 @@ def _third_pass(
         sections[section] = core.Choice(each.entry.name, built)
     for key in yaml_values:
         if key not in used and not serial.is_foreign(key, command, chosen_sections(chosen)):
-            raise ConfigError(f"--config: unknown key {key!r}" + near(key, used))
+            known = {f.name for c in command.sections.values() for f in dataclasses.fields(c)}
+            known |= {f.name for c in chosen for f in dataclasses.fields(c.entry.config)}
+            raise ConfigError(f"--config: unknown key {key!r}" + near(key.split(".")[-1], known))
     return core.RunConfig(command=command.name, **sections)
 
 

@@ -119,7 +119,6 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 
 SECTIONS = tuple(f.name for f in dataclasses.fields(core.RunConfig) if f.name != "command")
-_SELECTED = {"arch": "model", "ddp_backend": "ddp_backend", "lr_scheduler": "lr_scheduler"}
 
 
 def flatten(values: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -130,7 +129,7 @@ def flatten(values: Mapping[str, Any], path: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = key.lstrip("-").replace("-", "_")
-        section = _SELECTED.get(name, name)
+        section = "model" if name == "arch" else name
         if name == "command":
             continue
         if section in SECTIONS and isinstance(value, dict):
