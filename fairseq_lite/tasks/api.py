@@ -1,0 +1,205 @@
+"""What a task is: the data, the dictionaries, and what one step of training or validation means.
+
+The trainer, generation and validation know a task only through this class. A plugin's task usually
+overrides `setup`, `load_dataset` and, where its loss is unusual, `train_step`.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairseq_lite.config.core import Choice, RunConfig
+from fairseq_lite.criteria.api import CRITERIA, Criterion
+from fairseq_lite.data.dictionary import Dictionary
+from fairseq_lite.errors import ConfigError, DataError
+from fairseq_lite.models.api import ARCHITECTURES, Model
+from fairseq_lite.registry import Registry
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+TASKS = Registry("task", "--task")
+
+Sample = dict[str, Any]
+# What a criterion returns: the loss summed over the batch (with its graph), the number it is to be
+# divided by, and sums to be added up over batches and ranks before anything is averaged.
+StepOutput = tuple[Tensor, float, dict[str, Any]]
+MaxPositions = int | tuple[int | None, ...] | None
+
+
+class Task(ABC):
+    """A kind of work: its data and its steps.
+
+    Args:
+        cfg: the task's own config.
+        run: the whole run, for the sections every task may read (dataset, common, …).
+    """
+
+    def __init__(self, cfg: Any, run: RunConfig) -> None:
+        self.cfg = cfg
+        self.run = run
+        self.datasets: dict[str, Any] = {}
+
+    @classmethod
+    def setup(cls, cfg: Any, run: RunConfig) -> Task:
+        """Make the task: read its dictionaries, check that its data folder is there."""
+        return cls(cfg, run)
+
+    # -- dictionaries ---------------------------------------------------------------------------
+
+    @property
+    def source_dictionary(self) -> Dictionary | None:
+        """Symbols of the input, or None."""
+        return None
+
+    @property
+    def target_dictionary(self) -> Dictionary | None:
+        """Symbols of the output, or None."""
+        return None
+
+    # -- data -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False) -> None:
+        """Open a split and keep it in `self.datasets`.
+
+        Args:
+            split: "train", "valid", "test", …
+            epoch: the epoch it is for, where the data folder changes with the epoch.
+            combine: read `split`, `split1`, `split2`, … as one.
+
+        Raises:
+            DataError: the split is missing or damaged.
+        """
+
+    def dataset(self, split: str) -> Any:
+        """A loaded split.
+
+        Raises:
+            DataError: it was not loaded.
+        """
+        try:
+            return self.datasets[split]
+        except KeyError:
+            raise DataError(f"the split {split!r} has not been loaded") from None
+
+    def has_split(self, split: str) -> bool:
+        """Whether the data folder has this split; tasks that can tell override it."""
+        return split in self.datasets
+
+    def unused_valid_subsets(self, used: Sequence[str]) -> list[str]:
+        """Valid splits in the data folder that are not among `used`."""
+        return []
+
+    def data_paths(self, epoch: int = 1) -> list[str]:
+        """The data folders of the run; several are taken in turn, one an epoch."""
+        return []
+
+    def max_positions(self) -> MaxPositions:
+        """The longest source and target this task allows."""
+        return None
+
+    # -- models and losses ----------------------------------------------------------------------
+
+    def build_model(self, choice: Choice) -> Model:
+        """Build the architecture `choice` names, with this task's dictionaries."""
+        if choice.name is None:
+            raise ConfigError("no architecture: add --arch, for example --arch transformer")
+        model: Model = ARCHITECTURES.get(choice.name).factory.build(choice.config, self)
+        return model
+
+    def build_criterion(self, choice: Choice, sentence_avg: bool) -> Criterion:
+        """Build the loss `choice` names."""
+        if choice.name is None:
+            raise ConfigError("no criterion: add --criterion, for example --criterion cross_entropy")
+        entry = CRITERIA.get(choice.name)
+        criterion: Criterion = entry.factory(choice.config, self, sentence_avg=sentence_avg)
+        return criterion
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    def begin_epoch(self, epoch: int, model: Model) -> None:  # noqa: B027
+        """Called before each epoch, on every rank."""
+
+    def train_step(self, sample: Sample, model: Model, criterion: Criterion) -> StepOutput:
+        """The loss of one batch; the trainer does the backward pass."""
+        return criterion(model, sample)  # type: ignore[no-any-return]
+
+    def valid_step(self, sample: Sample, model: Model, criterion: Criterion) -> StepOutput:
+        """The loss of one validation batch; may add its own keys to the sums."""
+        with torch.no_grad():
+            return criterion(model, sample)  # type: ignore[no-any-return]
+
+    def begin_validation(self, split: str, model: Model) -> None:  # noqa: B027
+        """Called before a split is validated, on every rank."""
+
+    def extra_metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Metrics beyond the criterion's, from sums over all batches and ranks (BLEU, …)."""
+        return {}
+
+    # -- what else belongs to a trained model ---------------------------------------------------
+
+    def build_generator(self, models: Sequence[Model], generation: Any) -> Any:
+        """A generator over this task's target dictionary.
+
+        Raises:
+            ConfigError: the task does not generate.
+        """
+        raise ConfigError(f"--task {self.run.task.name}: this task does not generate")
+
+    def state_dict(self) -> dict[str, Any]:
+        """State to be kept in checkpoints (`task_state`)."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take over what `state_dict` gave."""
+
+    def files(self) -> Mapping[str, Path]:
+        """Files that must travel with a checkpoint: name beside it -> where it is now."""
+        return {}
+
+
+def build_task(run: RunConfig) -> Task:
+    """Set up the task the run names."""
+    if run.task.name is None:
+        raise ConfigError("no task: add --task, for example --task translation")
+    task: Task = TASKS.get(run.task.name).factory.setup(run.task.config, run)
+    return task
+
+
+def resolve_max_positions(*limits: MaxPositions) -> MaxPositions:
+    """The tightest of several limits; a single number counts for source and target alike.
+
+    >>> resolve_max_positions((1024, None), (512, 256), 2000)
+    (512, 256)
+    """
+    result: MaxPositions = None
+    for limit in limits:
+        if limit is None:
+            continue
+        if result is None:
+            result = limit
+        elif isinstance(result, tuple) or isinstance(limit, tuple):
+            width = len(result if isinstance(result, tuple) else limit)  # type: ignore[arg-type]
+            a = result if isinstance(result, tuple) else (result,) * width
+            b = limit if isinstance(limit, tuple) else (limit,) * width
+            if len(a) != len(b):
+                raise ConfigError(
+                    f"the task's and the model's length limits have {len(a)} and {len(b)} parts"
+                )
+            result = tuple(
+                y if x is None else x if y is None else min(x, y) for x, y in zip(a, b, strict=True)
+            )
+        else:
+            result = min(result, limit)
+    return result
