@@ -1,0 +1,60 @@
+# Two commands for a newcomer: `make quickstart` and `make test`. Both make their own virtual environment.
+#
+#   PYTHON     the interpreter the environment is made from
+#   VENV       where the environment goes
+#   TORCH      what to install as PyTorch. The default is one release that the tests have seen; `TORCH=torch`
+#              takes the newest. Which build that is (CPU or CUDA) depends on the package index pip uses.
+#   PIP_FLAGS  further flags for pip, for example `--index-url URL` of an index of CPU-only builds
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PIP_FLAGS ?=
+
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
+
+.PHONY: help quickstart test lint unit subsystem smoke gpu benchmark format clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make quickstart   preprocess, train and generate on an embedded corpus; prints translations and BLEU"
+	@echo "make test         lint, unit, subsystem and smoke tests (CPU)"
+	@echo "make lint | unit | subsystem | smoke | gpu | benchmark   one tier"
+	@echo "make format       let ruff format the code"
+	@echo "make clean        remove the environment and what the quickstart wrote"
+
+# The stamps say what an environment holds, so that a second `make` installs nothing.
+$(VENV)/.base: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "$(PYTHON): Python 3.10 or newer is needed; name one with PYTHON=...")'
+	@echo "installing into $(VENV) ($(TORCH)) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) "$(TORCH)"
+	@$(PIP) -e ".[quickstart]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	@$(PIP) -e ".[dev]"
+	@touch $@
+
+quickstart: $(VENV)/.base
+	@$(BIN)/python examples/quickstart/run.py
+
+test: $(VENV)/.dev lint
+	@$(BIN)/python -m pytest tests/unit tests/subsystem tests/smoke tests/gpu
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit subsystem smoke gpu benchmark: $(VENV)/.dev
+	@$(BIN)/python -m pytest tests/$@
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .tox .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info scratch/quickstart
