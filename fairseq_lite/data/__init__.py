@@ -1,0 +1,1 @@
+"""Dictionaries, indexed files, batches and iterators. Import the module you need."""
