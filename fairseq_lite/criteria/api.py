@@ -1,0 +1,56 @@
+"""What a criterion offers to the trainer.
+
+A criterion turns a batch into a loss that is *summed* over its tokens or sentences. The trainer sums the
+losses and sample sizes of all micro-batches and ranks and divides once: averaging per batch would weight
+short batches more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from fairseq_lite.registry import Registry
+
+CRITERIA = Registry("criterion", "--criterion")
+
+Sums = dict[str, "Tensor | float"]
+
+
+class Criterion(nn.Module):
+    """Base of every criterion.
+
+    Args:
+        cfg: the entry's config.
+        task: the task, for its target dictionary.
+        sentence_avg: divide the gradient by the number of sentences, not of tokens.
+    """
+
+    fairseq_name: ClassVar[str] = "FairseqCriterion"
+    """The class name checkpoints record, compared when training resumes."""
+
+    def __init__(self, cfg: Any, task: Any, sentence_avg: bool = False) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.sentence_avg = sentence_avg
+        self.padding_idx: int = task.target_dictionary.pad()
+
+    def forward(self, model: Any, sample: Mapping[str, Any]) -> tuple[Tensor, int, Sums]:
+        """The loss of a batch.
+
+        Returns:
+            The summed loss (with gradient), the sample size it is to be divided by, and sums to log:
+            always loss, ntokens, nsentences and sample_size, plus the criterion's own. Losses are
+            natural logarithms.
+        """
+        raise NotImplementedError
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """What to show of sums added over batches and ranks, in log order. Losses are base 2."""
+        raise NotImplementedError
+
+    def sample_size(self, sample: Mapping[str, Any]) -> int:
+        """Sentences with `--sentence-avg`, else target tokens."""
+        return int(sample["target"].size(0) if self.sentence_avg else sample["ntokens"])
