@@ -57,4 +57,4 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .tox .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info scratch/quickstart
+	rm -rf $(VENV) .tox .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info quickstart-run
