@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -175,6 +174,17 @@ def build_task(run: RunConfig) -> Task:
         raise ConfigError("no task: add --task, for example --task translation")
     task: Task = TASKS.get(run.task.name).factory.setup(run.task.config, run)
     return task
+
+
+def to_device(sample: Any, device: torch.device) -> Any:
+    """A batch with its tensors on `device`; everything else as it is."""
+    if isinstance(sample, Tensor):
+        return sample.to(device, non_blocking=True)
+    if isinstance(sample, dict):
+        return {key: to_device(value, device) for key, value in sample.items()}
+    if isinstance(sample, (list, tuple)):
+        return type(sample)(to_device(value, device) for value in sample)
+    return sample
 
 
 def resolve_max_positions(*limits: MaxPositions) -> MaxPositions:
