@@ -1,0 +1,287 @@
+"""What an optimizer and a learning-rate schedule promise, and the registries that hold them.
+
+An optimizer owns the parameters and the state of the update rule; a schedule is a formula from the
+number of updates (and the epoch) to a learning rate. Neither knows of the other: the trainer asks
+the schedule and tells the optimizer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fairseq_lite.config.core import OptimizationConfig
+from fairseq_lite.errors import CheckpointError, ConfigError
+from fairseq_lite.registry import Registry
+
+OPTIMIZERS = Registry("optimizer", "--optimizer")
+SCHEDULES = Registry("learning-rate schedule", "--lr-scheduler")
+
+
+class Optimizer(ABC):
+    """One group of parameters, their state, and a rule that changes both.
+
+    Not a `torch.optim.Optimizer`, because making the first of those in a process imports torch's
+    compiler, a second or more of every start. The state dictionary has the same layout.
+
+    Args:
+        params: what to optimize; parameters that need no gradient are left out.
+        **hyper: the hyper-parameters of the group, with `lr` first, in the order in which they
+            stand in a checkpoint's `param_groups[0]`.
+
+    Attributes:
+        fairseq_name: the class name that fairseq writes to `optimizer_history`.
+        params: the parameters, in the order that numbers them in a checkpoint.
+        hyper: the hyper-parameters, by name.
+        state: the state of each parameter that has been updated, by name.
+    """
+
+    fairseq_name: ClassVar[str]
+
+    def __init__(self, params: Iterable[Tensor], **hyper: Any) -> None:
+        self.params: list[Tensor] = [p for p in params if p.requires_grad]
+        if not self.params:
+            raise ConfigError("the optimizer was given no parameter that needs a gradient")
+        self.hyper: dict[str, Any] = hyper
+        self.state: dict[Tensor, dict[str, Any]] = {}
+        self._factor: float | Tensor | None = None  # waits for step(), which multiplies anyway
+
+    @abstractmethod
+    def update(self, params: list[Tensor], grads: list[Tensor]) -> None:
+        """Change `params` in place, given their gradients (already scaled and clipped)."""
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient, under the pending clip factor."""
+        params, grads = self._with_gradients()
+        if params:
+            with torch.no_grad():
+                self._step(params, grads)
+        self._factor = None
+
+    def _step(self, params: list[Tensor], grads: list[Tensor]) -> None:
+        if self._factor is not None:
+            torch._foreach_mul_(grads, self._factor)
+        self.update(params, grads)
+
+    def zero_grad(self) -> None:
+        """Forget all gradients (and a pending clip factor: an update may have been skipped)."""
+        for p in self.params:
+            p.grad = None
+        self._factor = None
+
+    def scale_gradients(self, factor: float | Tensor) -> None:
+        """Multiply every gradient by `factor`, now."""
+        _, grads = self._with_gradients()
+        if grads and not (isinstance(factor, (int, float)) and factor == 1):
+            with torch.no_grad():
+                torch._foreach_mul_(grads, factor)
+
+    def clip(self, norm: float | Tensor, max_norm: float) -> None:
+        """Clip by the global norm of the gradients, which the backend has computed.
+
+        The factor min(1, max_norm / (norm + 1e-6)) is applied by `step`, in the same pass as the
+        update; a `max_norm` of 0 switches clipping off.
+        """
+        if max_norm > 0:
+            self._factor = _clip_factor(norm, max_norm)
+
+    def scale_and_clip(self, norm: float | Tensor, scale: float, max_norm: float) -> float | Tensor:
+        """`scale_gradients` and `clip` without a pass of their own over the gradients.
+
+        Args:
+            norm: the global norm of the gradients as they are, unscaled.
+            scale: what they are to be multiplied by.
+            max_norm: the largest norm after scaling; 0: no clipping.
+
+        Returns:
+            The norm after scaling and before clipping: what the log shows.
+        """
+        scaled = norm * scale
+        factor: float | Tensor = scale
+        if max_norm > 0:
+            factor = _clip_factor(scaled, max_norm) * scale
+        self._factor = None if isinstance(factor, (int, float)) and factor == 1 else factor
+        return scaled
+
+    def get_lr(self) -> float:
+        """The learning rate of the next update."""
+        return float(self.hyper["lr"])
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the next update."""
+        self.hyper["lr"] = lr
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The one group in torch's form, the parameters themselves under "params"."""
+        return [{**self.hyper, "params": self.params}]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state in the layout of torch's optimizers, which is what fairseq writes.
+
+        Parameters are numbered; tensors are the live ones, not copies.
+        """
+        return {
+            "state": {i: dict(self.state[p]) for i, p in enumerate(self.params) if p in self.state},
+            "param_groups": [{**self.hyper, "params": list(range(len(self.params)))}],
+        }
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+    ) -> None:
+        """Take over a state written by `state_dict`, by fairseq or by a torch optimizer.
+
+        fairseq's --fp16 keeps one flat tensor for all parameters; it is cut up here.
+
+        Args:
+            state: the dictionary under `last_optimizer_state`.
+            overrides: hyper-parameters to set afterwards (`--optimizer-overrides`).
+
+        Raises:
+            CheckpointError: the state belongs to other parameters.
+            ConfigError: an override this optimizer does not have.
+        """
+        groups: Sequence[Mapping[str, Any]] = state["param_groups"]
+        numbers = [n for group in groups for n in group["params"]]
+        entries: Mapping[int, Mapping[str, Any]] = state["state"]
+        if len(numbers) == 1 and len(self.params) > 1:
+            by_param = _cut_flat(entries.get(numbers[0], {}), self.params)
+        elif len(numbers) == len(self.params):
+            by_param = [entries.get(n, {}) for n in numbers]
+        else:
+            raise CheckpointError(
+                f"the optimizer state is for {len(numbers)} parameters, the model has "
+                f"{len(self.params)}: use --reset-optimizer"
+            )
+        loaded = {
+            p: {k: self._load_value(p, k, v) for k, v in entry.items()}
+            for p, entry in zip(self.params, by_param, strict=True)
+            if entry
+        }
+        self.state = loaded
+        self.hyper.update({k: v for k, v in groups[0].items() if k in self.hyper})
+        for name, value in (overrides or {}).items():
+            if name not in self.hyper:
+                raise ConfigError(
+                    f"--optimizer-overrides {name!r}: expected one of {', '.join(self.hyper)}"
+                )
+            old = self.hyper[name]
+            self.hyper[name] = tuple(value) if isinstance(old, tuple) else value
+
+    def _load_value(self, param: Tensor, key: str, value: Any) -> Any:
+        if key == "step":
+            return int(value)
+        if not isinstance(value, Tensor):
+            return value
+        if value.dim() > 0 and key in self.like_parameter and value.shape != param.shape:
+            raise CheckpointError(
+                f"the optimizer state {key!r} has shape {tuple(value.shape)}, its parameter "
+                f"{tuple(param.shape)}: use --reset-optimizer"
+            )
+        dtype = self.state_dtype(param, key) if value.is_floating_point() else value.dtype
+        return value.detach().to(device=param.device, dtype=dtype, copy=True)
+
+    #: State tensors that have the shape of their parameter.
+    like_parameter: ClassVar[frozenset[str]] = frozenset(
+        ("exp_avg", "exp_avg_sq", "exp_inf", "momentum_buffer", "sum", "square_avg", "acc_delta")
+    )
+
+    def state_dtype(self, param: Tensor, key: str) -> torch.dtype:
+        """The type a state tensor is kept in: float32 also for 16-bit parameters."""
+        return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+    def _with_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        params = [p for p in self.params if p.grad is not None]
+        return params, [p.grad for p in params if p.grad is not None]
+
+
+def _clip_factor(norm: float | Tensor, max_norm: float) -> float | Tensor:
+    if isinstance(norm, Tensor):
+        return (max_norm / (norm + 1e-6)).clamp(max=1.0)  # stays on the device: no wait for it
+    return min(1.0, max_norm / (norm + 1e-6))
+
+
+def _cut_flat(entry: Mapping[str, Any], params: list[Tensor]) -> list[dict[str, Any]]:
+    """One flat state tensor for all parameters, as fairseq's fp16 writes it, cut by parameter."""
+    sizes = [p.numel() for p in params]
+    parts: list[dict[str, Any]] = [{} for _ in params]
+    for key, value in entry.items():
+        if isinstance(value, Tensor) and value.dim() > 0:
+            if value.numel() != sum(sizes):
+                raise CheckpointError(
+                    f"the optimizer state {key!r} has {value.numel()} values, the model "
+                    f"{sum(sizes)} parameters: use --reset-optimizer"
+                )
+            for part, p, piece in zip(parts, params, value.flatten().split(sizes), strict=True):
+                part[key] = piece.view(p.shape)
+        else:
+            for part in parts:
+                part[key] = value
+    return parts
+
+
+class Schedule(ABC):
+    """A learning rate for every number of updates.
+
+    Args:
+        cfg: the entry's own configuration.
+        optimization: the shared one, for `lr` and `max_update`.
+        maximize: the validation metric is better when larger
+            (`--maximize-best-checkpoint-metric`).
+
+    Attributes:
+        best: the best validation value seen, or None before the first.
+    """
+
+    #: Several values of --lr, one an epoch, make sense for this schedule.
+    takes_lr_by_epoch: ClassVar[bool] = False
+
+    def __init__(
+        self, cfg: Any, optimization: OptimizationConfig, *, maximize: bool = False
+    ) -> None:
+        if len(optimization.lr) > 1 and not self.takes_lr_by_epoch:
+            given = ",".join(f"{lr:g}" for lr in optimization.lr)
+            raise ConfigError(
+                f"--lr {given}: this --lr-scheduler takes one learning rate; --lr-scheduler fixed "
+                "takes one an epoch"
+            )
+        self.lrs: tuple[float, ...] = tuple(optimization.lr)
+        self.peak: float = self.lrs[0]
+        self.max_update: int = optimization.max_update
+        self.maximize = maximize
+        self.best: float | None = None
+
+    @abstractmethod
+    def lr(self, num_updates: int, epoch: int) -> float:
+        """The learning rate after `num_updates` updates, in `epoch` (from 1).
+
+        The first update therefore runs with lr(0), as in fairseq.
+        """
+
+    def apply(self, optimizer: Optimizer, num_updates: int, epoch: int) -> float:
+        """Set the optimizer's learning rate for the next update; returns it."""
+        lr = self.lr(num_updates, epoch)
+        optimizer.set_lr(lr)
+        return optimizer.get_lr()
+
+    def begin_epoch(self, epoch: int, lr: float) -> None:  # noqa: B027 - most ignore it
+        """Told when an epoch begins, and the learning rate at that moment."""
+
+    def observe(self, value: float | None, num_updates: int) -> None:
+        """Told the validation value at the end of an epoch; None: there was no validation."""
+        if value is not None:
+            better = max if self.maximize else min
+            self.best = value if self.best is None else better(self.best, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What fairseq stores under `lr_scheduler_state`, plus what an exact resume needs."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state written by `state_dict` or by fairseq."""
+        best = state.get("best")
+        self.best = None if best is None else float(best)
