@@ -1,0 +1,1 @@
+"""Processes, and how one logical model is spread over them."""

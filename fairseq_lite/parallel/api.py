@@ -1,0 +1,196 @@
+"""The contract between the trainer and the way a model is spread over processes.
+
+The trainer holds one `Backend` and never asks which. `BACKENDS` maps the names of `--ddp-backend`
+to them; each is built as `factory(config, world)`.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_lite.config.core import RunConfig
+from fairseq_lite.errors import ConfigError
+from fairseq_lite.parallel.world import World
+from fairseq_lite.registry import Registry
+
+BACKENDS = Registry("distributed backend", "--ddp-backend")
+
+M = TypeVar("M", bound=nn.Module)
+
+MAIN_PART = "model"
+"""The name of the part that is a complete checkpoint by itself."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a check may know about the machine, as values so that a check stays a pure function.
+
+    Attributes:
+        cuda_devices: how many GPUs are visible.
+        environ: the environment; launchers describe themselves in it.
+    """
+
+    cuda_devices: int = 0
+    environ: Mapping[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def here() -> Machine:
+        """This machine, now."""
+        return Machine(
+            torch.cuda.device_count() if torch.cuda.is_available() else 0, dict(os.environ)
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank contributes to a checkpoint: one file.
+
+    Attributes:
+        model: parameters and buffers by fairseq's names. The live tensors, not copies: write or
+            copy them before the next update.
+        optimizer: the optimizer's `state_dict()`, or None when it was not asked for.
+        manifest: plain values that say what the part holds, for those who load it at another world
+            size: `world_size`, and what the backend adds (expert ids, shard number, …).
+    """
+
+    model: Mapping[str, Any]
+    optimizer: Mapping[str, Any] | None = None
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+
+
+class PartReader(ABC):
+    """The parts of a checkpoint on disk, read one by one."""
+
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """The names of all parts, sorted by number where they end in one."""
+
+    @abstractmethod
+    def manifest(self, name: str) -> Mapping[str, Any]:
+        """The manifest of one part, without its tensors where the format allows."""
+
+    @abstractmethod
+    def read(self, name: str) -> Part:
+        """One part, its tensors on the CPU.
+
+        Raises:
+            CheckpointError: the part is missing or damaged. Never a fresh start instead.
+        """
+
+
+class StatefulOptimizer(Protocol):
+    """The side of an optimizer that a backend sees."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Any) -> None: ...
+
+
+@runtime_checkable
+class LoadsWeights(Protocol):
+    """A model that knows the names older checkpoints used, as `models.api.Model` does."""
+
+    def load_weights(self, state: Any) -> None: ...
+
+
+class Backend(ABC):
+    """How one logical model is spread over a World. The trainer holds exactly one.
+
+    The rule that every backend keeps, for dense, sharded and expert parameters alike: after
+    `reduce_gradients`, gradients equal those of one process that saw all the data, divided by the
+    world size. The trainer multiplies them by `world.size / sample_size`.
+
+    The order within an update is: for each batch `accumulate` around forward and `backward`, then
+    `reduce_gradients`, then `grad_norm`. Each is called on every rank, the same number of times: a
+    rank without data runs a dummy batch with weight zero.
+
+    Args:
+        cfg: the backend's own flags.
+        world: the processes.
+    """
+
+    def __init__(self, cfg: Any, world: World) -> None:
+        self.cfg = cfg
+        self.world = world
+
+    @classmethod
+    def reasons(cls, run: RunConfig, machine: Machine | None = None) -> list[str]:
+        """Why this backend cannot do `run`: one line each, empty if it can.
+
+        A pure function of its arguments (`machine` is looked up when absent). The tests use it to
+        say why they leave a combination out, `check` shows the first line to the user.
+        """
+        return []
+
+    @classmethod
+    def check(cls, run: RunConfig, machine: Machine | None = None) -> None:
+        """Refuse what cannot work, before any process is started.
+
+        Raises:
+            ConfigError: the first of `reasons`.
+        """
+        for reason in cls.reasons(run, machine):
+            raise ConfigError(reason)
+
+    @abstractmethod
+    def wrap(self, build: Callable[[], M]) -> M:
+        """Build the model on this rank's device, with the same weights on every rank.
+
+        Args:
+            build: makes the model. A builder and not a model, so that a backend may shard before
+                memory is allocated.
+
+        Returns:
+            What the trainer calls and whose parameters the optimizer gets. The optimizer must be
+            made after this.
+        """
+
+    @abstractmethod
+    def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+        """The context of one forward and backward; `last` marks the last batch of an update."""
+
+    @abstractmethod
+    def backward(self, model: nn.Module, loss: Tensor) -> None:
+        """Add the gradients of `loss` (a sum over this rank's batch, 0-dim) to the parameters'."""
+
+    @abstractmethod
+    def reduce_gradients(self, model: nn.Module) -> None:
+        """Exchange gradients over ranks; see the rule above.
+
+        A parameter that no rank used keeps `grad` None; one that some rank used gets a gradient
+        on all of them.
+        """
+
+    @abstractmethod
+    def grad_norm(self, model: nn.Module) -> Tensor:
+        """The 2-norm of all gradients: float32, 0-dim, the same number on every rank.
+
+        Each parameter counts once, however many names or replicas it has.
+        """
+
+    @abstractmethod
+    def save_parts(
+        self, model: nn.Module, optimizer: StatefulOptimizer | None
+    ) -> Mapping[str, Part]:
+        """The parts this rank writes, by name; called on every rank, often empty.
+
+        The part called `MAIN_PART` is the checkpoint's own file, others get their name as a suffix.
+        """
+
+    @abstractmethod
+    def load_parts(
+        self, model: nn.Module, optimizer: StatefulOptimizer | None, parts: PartReader
+    ) -> None:
+        """Fill model and optimizer from parts written at any world size; called on every rank.
+
+        Raises:
+            CheckpointError: on every rank, when a part is missing or does not fit.
+        """

@@ -1,0 +1,199 @@
+"""`--ddp-backend legacy_ddp`: every rank holds the whole model and shares gradients once an update.
+
+Gradients travel in a few large buffers after the last backward. Nothing hooks into backward itself,
+so ranks may use different parameters and never wait for each other in the middle. fairseq's other
+names for data parallel training mean the same here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_lite.config.core import RunConfig
+from fairseq_lite.errors import CheckpointError, FliteError
+from fairseq_lite.parallel.api import (
+    BACKENDS,
+    MAIN_PART,
+    Backend,
+    LoadsWeights,
+    M,
+    Machine,
+    Part,
+    PartReader,
+    StatefulOptimizer,
+)
+from fairseq_lite.parallel.plan import common_reasons
+
+# Elements in one buffer. Large enough that latency does not count, small enough that the copy of a
+# billion gradients is never held twice.
+BUCKET_ELEMENTS = 1 << 24
+
+T = TypeVar("T", bound=Tensor)
+
+
+@BACKENDS.register("legacy_ddp", aliases=("no_c10d", "c10d", "pytorch_ddp"))
+class LegacyDDP(Backend):
+    """Data parallel training by one reduction of all gradients an update."""
+
+    @classmethod
+    def reasons(cls, run: RunConfig, machine: Machine | None = None) -> list[str]:
+        return common_reasons(run, machine or Machine.here())
+
+    def wrap(self, build: Callable[[], M]) -> M:
+        model = build().to(self.world.device)
+        if self.world.size > 1:
+            # Ranks seed alike, but a plugin may not; and a restored rank 0 is the one that counts.
+            self._broadcast(tensor.data for tensor in _tensors(model))
+        return model
+
+    def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def backward(self, model: nn.Module, loss: Tensor) -> None:
+        torch.autograd.backward(loss)
+
+    def reduce_gradients(self, model: nn.Module) -> None:
+        if self.world.size == 1:
+            return
+        params = [p for p in model.parameters() if p.requires_grad]
+        # All buffers are on their way before the first is waited for.
+        started = [self._start(bucket) for bucket in _buckets(params)]
+        for bucket, flat, wait in started:
+            wait()
+            self._finish(bucket, flat)
+
+    def _start(self, bucket: list[T]) -> tuple[list[T], Tensor, Callable[[], object]]:
+        """Send one buffer: the gradients divided by the world size, then a 1 for each that exists.
+
+        Dividing first keeps a half precision sum in range.
+        """
+        flat = torch.cat(
+            [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in bucket]
+            + [bucket[0].new_tensor([float(p.grad is not None) for p in bucket])]
+        )
+        flat.div_(self.world.size)
+        return bucket, flat, self.world.all_reduce_start(flat)
+
+    def _finish(self, bucket: list[T], flat: Tensor) -> None:
+        pieces = torch.split(flat, [p.numel() for p in bucket] + [len(bucket)])
+        # Only a rank that lacks a gradient asks whether another had one: the question waits for
+        # the GPU.
+        used = [1.0] * len(bucket)
+        if any(p.grad is None for p in bucket):
+            used = pieces[-1].tolist()
+        for param, piece, count in zip(bucket, pieces, used, strict=False):
+            # A view of the buffer, not a copy of it.
+            param.grad = piece.view_as(param) if count > 0 else None
+
+    def grad_norm(self, model: nn.Module) -> Tensor:
+        # Gradients are equal on all ranks by now, to the bit, so no rank needs to ask.
+        return local_norm(model.parameters(), self.world.device)
+
+    def save_parts(
+        self, model: nn.Module, optimizer: StatefulOptimizer | None
+    ) -> Mapping[str, Part]:
+        if not self.world.is_main:
+            return {}
+        state = None if optimizer is None else optimizer.state_dict()
+        return {MAIN_PART: Part(model.state_dict(), state, {"world_size": self.world.size})}
+
+    def load_parts(
+        self, model: nn.Module, optimizer: StatefulOptimizer | None, parts: PartReader
+    ) -> None:
+        part, error = None, None
+        if self.world.is_main:
+            try:
+                part = _read_whole(parts)
+                _load_weights(model, part.model)
+            except FliteError as e:
+                error = e
+        # Rank 0 alone reads: a checkpoint need not be visible elsewhere. Ranks that would wait for
+        # its tensors hear first that there are none.
+        error = self.world.broadcast_object(error)
+        if error is not None:
+            raise error
+        self._broadcast(tensor.data for tensor in _tensors(model))
+        if optimizer is not None:
+            state = self.world.broadcast_state(None if part is None else part.optimizer)
+            if state is not None:
+                optimizer.load_state_dict(state)
+
+    def _broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite the tensors with rank 0's, in large buffers."""
+        if self.world.size == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = self.world.broadcast(torch.cat([t.flatten() for t in bucket]))
+            pieces = torch.split(flat, [t.numel() for t in bucket])
+            for tensor, piece in zip(bucket, pieces, strict=True):
+                tensor.copy_(piece.view_as(tensor))
+
+
+def local_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+    """The 2-norm of the gradients this rank holds: float32, 0-dim.
+
+    Args:
+        parameters: each once; `Module.parameters()` leaves out the second name of a shared one.
+        device: where the result goes.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for param in parameters:
+        if param.grad is not None:
+            groups.setdefault((param.grad.device, param.grad.dtype), []).append(param.grad)
+    if not groups:
+        return torch.zeros((), device=device)
+    # In float32 whatever the gradients are: squares of half precision numbers overflow.
+    norms = [
+        torch.stack(torch._foreach_norm(grads, 2.0, dtype=_norm_dtype(dtype))).to(device)
+        for (_, dtype), grads in groups.items()
+    ]
+    total: Tensor = torch.linalg.vector_norm(torch.cat(norms), dtype=torch.float32)
+    return total
+
+
+def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Every parameter and buffer once."""
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _buckets(tensors: Iterable[T]) -> Iterator[list[T]]:
+    """Group tensors of one dtype and device, in order, into buckets of limited size."""
+    open_: dict[tuple[torch.device, torch.dtype], list[T]] = {}
+    for tensor in tensors:
+        key = (tensor.device, tensor.dtype)
+        bucket = open_.setdefault(key, [])
+        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > BUCKET_ELEMENTS:
+            yield open_[key]
+            bucket = open_[key] = []
+        bucket.append(tensor)
+    yield from open_.values()
+
+
+def _read_whole(parts: PartReader) -> Part:
+    if MAIN_PART not in parts.names():
+        raise CheckpointError(
+            f"this checkpoint has no whole model, only the parts {', '.join(parts.names())}: "
+            "consolidate it first"
+        )
+    return parts.read(MAIN_PART)
+
+
+def _load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    if isinstance(model, LoadsWeights):
+        model.load_weights(state)
+        return
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        line = " ".join(str(e).split())
+        raise CheckpointError(f"the checkpoint does not fit the model: {line}") from e

@@ -1,0 +1,279 @@
+"""Which processes a run has, decided from flags, GPUs and the launcher's environment.
+
+`plan` is a pure function. In order of precedence, as in fairseq: `--distributed-init-method`, a
+torchrun environment, a Slurm step of several tasks, and otherwise processes of this machine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from urllib.parse import urlsplit
+
+from fairseq_lite.config.core import DistributedTrainingConfig, RunConfig
+from fairseq_lite.errors import ConfigError
+from fairseq_lite.parallel.api import Machine
+
+# Below the range from which systems give out ports of their own (Linux: 32768).
+_SLURM_PORTS = range(10000, 30000)
+# Long enough for a pause to write a large checkpoint, short enough that all ranks have ended a
+# minute after one froze.
+DEFAULT_HEARTBEAT = 40
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What this process has to do to form its part of the world.
+
+    Attributes:
+        size: ranks altogether.
+        first_rank: the rank of the first process on this machine.
+        processes: ranks that this process stands for: those it starts, or itself.
+        spawn: whether it starts them, or is the rank itself.
+        local_rank: the local rank of the first of them.
+        local_size: ranks on this machine, as far as known; they share its cores.
+        host, port: where rank 0's machine answers; port 0 chooses one (this machine only).
+        serve: whether rank 0's machine is this one and nobody else answers there.
+        attempt: torchrun's restart count.
+        cuda: whether ranks compute on GPUs.
+        backend: "gloo" or "nccl".
+        heartbeat: seconds of silence after which a rank counts as dead.
+    """
+
+    size: int = 1
+    first_rank: int = 0
+    processes: int = 1
+    spawn: bool = False
+    local_rank: int = 0
+    local_size: int = 1
+    host: str = "127.0.0.1"
+    port: int = 0
+    serve: bool = True
+    attempt: str = "0"
+    cuda: bool = False
+    backend: str = "gloo"
+    heartbeat: int = DEFAULT_HEARTBEAT
+
+    @property
+    def one_machine(self) -> bool:
+        """Whether every rank is started by this process."""
+        return self.spawn and self.processes == self.size
+
+
+def plan(cfg: DistributedTrainingConfig, *, cpu: bool, machine: Machine) -> Plan:
+    """Decide which processes a run has.
+
+    Args:
+        cfg: the distributed flags.
+        cpu: --cpu.
+        machine: its GPUs and the environment.
+
+    Raises:
+        ConfigError: flags that contradict each other, the environment or the machine.
+    """
+    gpus = 0 if cpu else machine.cuda_devices
+    if cfg.distributed_init_method is not None and cfg.distributed_init_method != "env://":
+        found = _from_method(cfg, cfg.distributed_init_method, gpus)
+    elif "RANK" in machine.environ and "WORLD_SIZE" in machine.environ:
+        found = _from_torchrun(cfg, machine.environ)
+    elif cfg.distributed_init_method is not None:
+        raise ConfigError(
+            "--distributed-init-method env:// reads RANK and WORLD_SIZE, which are not set: start "
+            "with torchrun, or give tcp://HOST:PORT"
+        )
+    elif _slurm_tasks(machine.environ) > 1:
+        found = _from_slurm(cfg, machine.environ, gpus)
+    else:
+        found = _local(cfg, gpus)
+    return _on_devices(found, cfg, gpus)
+
+
+def common_reasons(run: RunConfig, machine: Machine) -> list[str]:
+    """Why no backend at all could do `run` on `machine`: one line each."""
+    reasons = []
+    common = run.common
+    gpus = 0 if common.cpu else machine.cuda_devices
+    for flag, on in (
+        ("--fp16", common.fp16),
+        ("--memory-efficient-fp16", common.memory_efficient_fp16),
+    ):
+        if on and not gpus:
+            reasons.append(f"{flag} needs a GPU, and this run is on the CPU: use --bf16")
+    try:
+        plan(run.distributed_training, cpu=common.cpu, machine=machine)
+    except ConfigError as e:
+        reasons.append(str(e))
+    return reasons
+
+
+def _from_method(cfg: DistributedTrainingConfig, method: str, gpus: int) -> Plan:
+    size = cfg.distributed_world_size
+    if size is None:
+        raise ConfigError(
+            f"--distributed-init-method {method} also needs --distributed-world-size N"
+        )
+    try:
+        parts = urlsplit(method)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        parts, host, port = urlsplit(""), None, None
+    if parts.scheme != "tcp" or not host or not port:
+        raise ConfigError(
+            f"--distributed-init-method {method}: expected tcp://HOST:PORT, "
+            "for example tcp://10.0.0.1:29500, or env://"
+        )
+    first = cfg.distributed_rank
+    here = 1 if cfg.distributed_no_spawn else cfg.distributed_num_procs or max(1, gpus)
+    here = min(here, size - first) if cfg.distributed_num_procs is None else here
+    if not 0 <= first < size:
+        raise ConfigError(
+            f"--distributed-rank {first}: expected 0 to {size - 1}, "
+            f"as --distributed-world-size is {size}"
+        )
+    if first + here > size:
+        raise ConfigError(
+            f"--distributed-num-procs {here} from --distributed-rank {first} on is more than "
+            f"--distributed-world-size {size}"
+        )
+    return Plan(
+        size=size,
+        first_rank=first,
+        processes=here,
+        spawn=not cfg.distributed_no_spawn and size > 1,
+        local_rank=first % gpus if gpus and cfg.distributed_no_spawn else 0,
+        local_size=here,
+        host=host,
+        port=port,
+        serve=first == 0,
+    )
+
+
+def _from_torchrun(cfg: DistributedTrainingConfig, environ: Mapping[str, str]) -> Plan:
+    size, rank = _number(environ, "WORLD_SIZE"), _number(environ, "RANK")
+    asked = cfg.distributed_world_size
+    if asked is not None and asked != size:
+        raise ConfigError(
+            f"--distributed-world-size {asked}: the launcher made {size} processes (WORLD_SIZE); "
+            "leave the flag out"
+        )
+    if size > 1 and not ("MASTER_ADDR" in environ and "MASTER_PORT" in environ):
+        raise ConfigError(
+            "RANK and WORLD_SIZE are set, but not MASTER_ADDR and MASTER_PORT: start with "
+            "torchrun, or unset them"
+        )
+    agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return Plan(
+        size=size,
+        first_rank=rank,
+        local_rank=_number(environ, "LOCAL_RANK", rank),
+        local_size=_number(environ, "LOCAL_WORLD_SIZE", 1),
+        host=environ.get("MASTER_ADDR", "127.0.0.1"),
+        port=_number(environ, "MASTER_PORT", 0),
+        serve=rank == 0 and not agent,
+        attempt=environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+    )
+
+
+def _from_slurm(cfg: DistributedTrainingConfig, environ: Mapping[str, str], gpus: int) -> Plan:
+    tasks, task = _slurm_tasks(environ), _number(environ, "SLURM_PROCID")
+    nodes = _number(environ, "SLURM_STEP_NUM_NODES", _number(environ, "SLURM_NNODES", 1))
+    # One task on each node and several GPUs: the task starts a process a GPU, as fairseq's does.
+    each = 1
+    if tasks == nodes and not cfg.distributed_no_spawn:
+        each = cfg.distributed_num_procs or max(1, gpus)
+    size = tasks * each
+    asked = cfg.distributed_world_size
+    if asked is not None and asked != size:
+        raise ConfigError(
+            f"--distributed-world-size {asked}: Slurm started {tasks} tasks with {each} "
+            f"process(es) each, which is {size}; leave the flag out"
+        )
+    names = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    names = names or environ.get("SLURM_NODELIST")
+    if not names:
+        raise ConfigError(
+            "Slurm's environment has no SLURM_JOB_NODELIST: give --distributed-init-method "
+            "tcp://HOST:PORT"
+        )
+    port = cfg.distributed_port
+    if port <= 0:
+        job = _number(environ, "SLURM_JOB_ID", _number(environ, "SLURM_JOBID", 0))
+        port = _SLURM_PORTS[job % len(_SLURM_PORTS)]
+    return Plan(
+        size=size,
+        first_rank=task * each,
+        processes=each,
+        spawn=each > 1,
+        local_rank=0 if each > 1 else _number(environ, "SLURM_LOCALID", 0),
+        local_size=each if each > 1 else max(1, tasks // nodes),
+        host=first_host(names),
+        port=port,
+        serve=task == 0,
+    )
+
+
+def _slurm_tasks(environ: Mapping[str, str]) -> int:
+    if not {"SLURM_PROCID", "SLURM_NTASKS"} <= environ.keys():
+        return 1
+    # A shell that srun opened inside a larger allocation is a step of one task.
+    return _number(environ, "SLURM_STEP_NUM_TASKS", _number(environ, "SLURM_NTASKS"))
+
+
+def _local(cfg: DistributedTrainingConfig, gpus: int) -> Plan:
+    size = cfg.distributed_world_size
+    if size is None:
+        size = 1 if cfg.distributed_no_spawn else cfg.distributed_num_procs or max(1, gpus)
+    if cfg.distributed_no_spawn and size > 1:
+        raise ConfigError(
+            f"--distributed-no-spawn and --distributed-world-size {size}: the other processes must "
+            "come from a launcher; add --distributed-init-method tcp://HOST:PORT, or use torchrun"
+        )
+    if cfg.distributed_rank != 0:
+        raise ConfigError(
+            f"--distributed-rank {cfg.distributed_rank} also needs --distributed-init-method "
+            "tcp://HOST:PORT, the address of rank 0"
+        )
+    if cfg.distributed_num_procs not in (None, size):
+        raise ConfigError(
+            f"--distributed-num-procs {cfg.distributed_num_procs} on one machine of "
+            f"--distributed-world-size {size}: give --distributed-init-method tcp://HOST:PORT too"
+        )
+    return Plan(size=size, processes=size, spawn=size > 1, local_size=size)
+
+
+def _on_devices(found: Plan, cfg: DistributedTrainingConfig, gpus: int) -> Plan:
+    backend = cfg.distributed_backend or ("nccl" if gpus else "gloo")
+    if backend == "nccl" and not gpus:
+        raise ConfigError(
+            "--distributed-backend nccl needs GPUs, and this run is on the CPU: use gloo"
+        )
+    here = found.local_rank + found.processes
+    if backend == "nccl" and here > gpus:
+        raise ConfigError(
+            f"{here} processes on this machine, but it has {gpus} GPU(s): lower "
+            "--distributed-world-size, or add --cpu"
+        )
+    heartbeat = cfg.heartbeat_timeout if cfg.heartbeat_timeout > 0 else DEFAULT_HEARTBEAT
+    return replace(found, cuda=gpus > 0, backend=backend, heartbeat=heartbeat)
+
+
+def first_host(names: str) -> str:
+    """The first host of a Slurm node list: "gpu[03-05,9],cpu1" -> "gpu03"."""
+    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\]([^,\[]*))?", names.strip())
+    if match is None:
+        raise ConfigError(f"Slurm's node list {names!r} cannot be read")
+    prefix, numbers, suffix = match.groups()
+    if numbers is None:
+        return prefix
+    return prefix + re.split(r"[,-]", numbers)[0] + (suffix or "")
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        raise ConfigError(f"the environment's {name} is {text!r}: expected a number") from None

@@ -1,0 +1,273 @@
+"""The processes of a run, seen from one of them: rank, size, device, and how they exchange data.
+
+Every part of the library that needs another process asks a `World`. A run of one process has one
+too, with the same methods, so nothing else asks whether a run is distributed.
+"""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+ReduceOp = Literal["sum", "max", "min"]
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+# The block that `ProcessWorld.sum` always exchanges: four numbers that tell whether all ranks hold
+# the same names, then room for as many values as training logs in practice.
+_HEADER = 4
+_BLOCK = 64
+
+
+class World(ABC):
+    """All processes of a run, as one of them sees them.
+
+    Methods that exchange something must be called by every rank, in the same order.
+
+    Attributes:
+        rank: this process, from 0 to `size - 1`.
+        size: the number of processes.
+        local_rank: this process among those of its machine; the GPU it uses.
+        device: where this process computes.
+    """
+
+    def __init__(self, rank: int, size: int, local_rank: int, device: torch.device) -> None:
+        self.rank = rank
+        self.size = size
+        self.local_rank = local_rank
+        self.device = device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which logs and writes files."""
+        return self.rank == 0
+
+    @abstractmethod
+    def sum(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
+        """Add up a dictionary of numbers over all ranks, in float64 and in one collective.
+
+        Args:
+            values: numbers or tensors of one element, on any device. Ranks may hold different
+                names; a name counts as zero where it is missing.
+
+        Returns:
+            The sums, the same on every rank.
+        """
+
+    @abstractmethod
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = "sum") -> Tensor:
+        """Combine `tensor` over all ranks, in place, and return it."""
+
+    @abstractmethod
+    def all_reduce_start(self, tensor: Tensor) -> Callable[[], object]:
+        """Begin to sum `tensor` in place; call what is returned to wait for the end."""
+
+    @abstractmethod
+    def broadcast(self, tensor: Tensor, src: int = 0) -> Tensor:
+        """Overwrite `tensor` with that of rank `src`, and return it."""
+
+    @abstractmethod
+    def broadcast_object(self, obj: Any, src: int = 0) -> Any:
+        """The object of rank `src`, on every rank; what other ranks pass does not matter."""
+
+    @abstractmethod
+    def gather_objects(self, obj: Any) -> list[Any]:
+        """The objects of all ranks in rank order, on every rank."""
+
+    @abstractmethod
+    def max(self, value: float) -> float:
+        """The largest of the ranks' values."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave the group; the last thing a rank does."""
+
+    def broadcast_state(self, state: Any, src: int = 0) -> Any:
+        """As `broadcast_object`, for nested dictionaries, lists and tuples that hold tensors.
+
+        The tensors travel as tensors and arrive on `device`, which costs a fraction of pickling
+        them. On rank `src` the state is returned as it is.
+        """
+        tensors: list[Tensor] = []
+        skeleton = self.broadcast_object(
+            _take_tensors(state, tensors) if self.rank == src else None, src
+        )
+        if self.rank == src:
+            for tensor in tensors:
+                self.broadcast(tensor.detach().to(self.device).contiguous(), src)
+            return state
+
+        def receive(slot: _Slot) -> Tensor:
+            empty = torch.empty(slot.shape, dtype=slot.dtype, device=self.device)
+            return self.broadcast(empty, src)
+
+        return _put_tensors(skeleton, receive)
+
+
+class SingleWorld(World):
+    """A run of one process."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__(0, 1, 0, torch.device(device))
+
+    def sum(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
+        return dict(zip(values, _to_block(values.values(), self.device).tolist(), strict=True))
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = "sum") -> Tensor:
+        return tensor
+
+    def all_reduce_start(self, tensor: Tensor) -> Callable[[], object]:
+        return _nothing
+
+    def broadcast(self, tensor: Tensor, src: int = 0) -> Tensor:
+        return tensor
+
+    def broadcast_object(self, obj: Any, src: int = 0) -> Any:
+        return obj
+
+    def broadcast_state(self, state: Any, src: int = 0) -> Any:
+        return state
+
+    def gather_objects(self, obj: Any) -> list[Any]:
+        return [obj]
+
+    def max(self, value: float) -> float:
+        return float(value)
+
+    def barrier(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class ProcessWorld(World):
+    """A run of several processes, over torch's default process group (gloo or NCCL).
+
+    The group must have been initialised; `launch` does.
+    """
+
+    def __init__(self, local_rank: int, device: torch.device | str) -> None:
+        super().__init__(dist.get_rank(), dist.get_world_size(), local_rank, torch.device(device))
+
+    def sum(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
+        names = sorted(values)
+        numbers = _to_block([values[name] for name in names], self.device)
+        room = _BLOCK - _HEADER
+        block = torch.zeros(_BLOCK, dtype=torch.float64, device=self.device)
+        # Two digests of 16 bits: the sums of their squares stay exact in a float64.
+        low, high = divmod(zlib.crc32("\0".join(names).encode()), 1 << 16)
+        header = [low, low * low, high, high * high]
+        block[:_HEADER] = torch.tensor(header, dtype=torch.float64)
+        block[_HEADER : _HEADER + min(len(names), room)] = numbers[:room]
+        dist.all_reduce(block)
+        summed: list[float] = block.tolist()
+        low, low2, high, high2 = (int(x) for x in summed[:_HEADER])
+        # By Cauchy-Schwarz these are equal only if all digests are; and as only sums are compared,
+        # all ranks take the same branch.
+        if self.size * low2 != low * low or self.size * high2 != high * high:
+            return self._sum_by_name(dict(zip(names, numbers.tolist(), strict=True)))
+        result = summed[_HEADER : _HEADER + min(len(names), room)]
+        if len(names) > room:
+            result += self.all_reduce(numbers[room:].contiguous()).tolist()
+        by_name = dict(zip(names, result, strict=True))
+        return {name: by_name[name] for name in values}  # in the caller's order
+
+    def _sum_by_name(self, values: dict[str, float]) -> dict[str, float]:
+        """The way for ranks that hold different names, for example without a batch."""
+        sums: dict[str, float] = {}
+        for each in self.gather_objects(values):
+            for name, value in each.items():
+                sums[name] = sums.get(name, 0.0) + value
+        return sums
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = "sum") -> Tensor:
+        dist.all_reduce(tensor, _OPS[op])
+        return tensor
+
+    def all_reduce_start(self, tensor: Tensor) -> Callable[[], object]:
+        wait: Callable[[], object] = dist.all_reduce(tensor, async_op=True).wait
+        return wait
+
+    def broadcast(self, tensor: Tensor, src: int = 0) -> Tensor:
+        dist.broadcast(tensor, src)
+        return tensor
+
+    def broadcast_object(self, obj: Any, src: int = 0) -> Any:
+        box = [obj if self.rank == src else None]
+        dist.broadcast_object_list(box, src, device=self.device)
+        return box[0]
+
+    def gather_objects(self, obj: Any) -> list[Any]:
+        box: list[Any] = [None] * self.size
+        dist.all_gather_object(box, obj)
+        return box
+
+    def max(self, value: float) -> float:
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        return float(self.all_reduce(tensor, "max").item())
+
+    def barrier(self) -> None:
+        # A reduction that is read back also waits for the GPU, which dist.barrier need not.
+        self.max(0.0)
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _nothing() -> None:
+    pass
+
+
+def _to_block(values: Any, device: torch.device) -> Tensor:
+    """Numbers and one-element tensors as one float64 tensor on `device`, without a sync each."""
+    items: Sequence[float | Tensor] = list(values)
+    block = torch.tensor(
+        [0.0 if isinstance(x, Tensor) else float(x) for x in items], dtype=torch.float64
+    ).to(device)
+    tensors = {i: x for i, x in enumerate(items) if isinstance(x, Tensor)}
+    if tensors:
+        stacked = torch.stack(
+            [x.detach().reshape(()).to(device, torch.float64) for x in tensors.values()]
+        )
+        block[torch.tensor(list(tensors), device=device)] = stacked
+    return block
+
+
+class _Slot:
+    """Where a tensor was in a nested structure, and how it looked."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape = tuple(tensor.shape)
+        self.dtype = tensor.dtype
+
+
+def _take_tensors(state: Any, taken: list[Tensor]) -> Any:
+    if isinstance(state, Tensor):
+        taken.append(state)
+        return _Slot(state)
+    if isinstance(state, Mapping):
+        return {key: _take_tensors(value, taken) for key, value in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)(_take_tensors(value, taken) for value in state)
+    return state
+
+
+def _put_tensors(state: Any, receive: Any) -> Any:
+    if isinstance(state, _Slot):
+        return receive(state)
+    if isinstance(state, dict):
+        return {key: _put_tensors(value, receive) for key, value in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)(_put_tensors(value, receive) for value in state)
+    return state
