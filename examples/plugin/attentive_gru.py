@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention as attend
 
 from fairseq_lite.config.flags import flag
-from fairseq_lite.models.api import ARCHITECTURES, EncoderOut, Model
+from fairseq_lite.models.api import ARCHITECTURES, Model
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class AttentiveGRUConfig:
 
 @ARCHITECTURES.register("attentive_gru", config=AttentiveGRUConfig)
 class AttentiveGRU(Model):
-    def __init__(self, cfg, source, target):
+    def __init__(self, size, source, target):
         super().__init__()
-        self.pad, size = source.pad(), cfg.hidden_size
+        self.pad = source.pad()
         self.embed_source = nn.Embedding(len(source), size)
         self.embed_target = nn.Embedding(len(target), size)
         self.reader = nn.GRU(size, size, batch_first=True)
@@ -29,16 +29,10 @@ class AttentiveGRU(Model):
 
     @classmethod
     def build(cls, cfg, task):
-        return cls(cfg, task.source_dictionary, task.target_dictionary)
-
-    def encode(self, src_tokens, src_lengths=None):
-        return EncoderOut(self.reader(self.embed_source(src_tokens))[0], src_tokens.eq(self.pad))
+        return cls(cfg.hidden_size, task.source_dictionary, task.target_dictionary)
 
     def forward(self, src_tokens, src_lengths, prev_output_tokens):
-        return self.decoder(prev_output_tokens, self.encode(src_tokens))
-
-    def decoder(self, prev_output_tokens, encoder_out):
-        memory, padding = encoder_out
+        memory, _ = self.reader(self.embed_source(src_tokens))
         states, _ = self.writer(self.embed_target(prev_output_tokens))
-        found = scaled_dot_product_attention(states, memory, memory, attn_mask=~padding[:, None])
+        found = attend(states, memory, memory, attn_mask=src_tokens.ne(self.pad)[:, None])
         return self.output(states + found), {}
