@@ -149,7 +149,9 @@ class Optimizer(ABC):
         numbers = [n for group in groups for n in group["params"]]
         entries: Mapping[int, Mapping[str, Any]] = state["state"]
         if len(numbers) == 1 and len(self.params) > 1:
-            by_param = _cut_flat(entries.get(numbers[0], {}), self.params)
+            by_param: Sequence[Mapping[str, Any]] = _cut_flat(
+                entries.get(numbers[0], {}), self.params
+            )
         elif len(numbers) == len(self.params):
             by_param = [entries.get(n, {}) for n in numbers]
         else:
@@ -216,7 +218,9 @@ def _cut_flat(entry: Mapping[str, Any], params: list[Tensor]) -> list[dict[str, 
                     f"the optimizer state {key!r} has {value.numel()} values, the model "
                     f"{sum(sizes)} parameters: use --reset-optimizer"
                 )
-            for part, p, piece in zip(parts, params, value.flatten().split(sizes), strict=True):
+            for part, p, piece in zip(
+                parts, params, torch.split(value.flatten(), sizes), strict=True
+            ):
                 part[key] = piece.view(p.shape)
         else:
             for part in parts:

@@ -1,7 +1,7 @@
 """Numeric precision of a training step: autocast, and the loss scale of float16.
 
-Parameters and optimizer state are always float32; `--bf16`, `--fp16` and `--amp` compute the forward
-and backward pass in 16 bits through autocast. bfloat16 has float32's range and needs no scaling;
+Parameters and optimizer state are always float32; `--bf16`, `--fp16` and `--amp` compute forward
+and backward in 16 bits through autocast. bfloat16 has float32's range and needs no scaling;
 float16 multiplies the loss so that small gradients do not vanish, and skips an update whose global
 gradient norm is not finite.
 """
@@ -161,7 +161,7 @@ class Precision:
             self.scaler.succeeded()
 
     def state_dict(self) -> dict[str, Any]:
-        """Keys to merge into `last_optimizer_state`; `loss_scale` is fairseq's, empty in float32."""
+        """Keys to merge into `last_optimizer_state`, of which fairseq knows `loss_scale`."""
         if self.scaler is None:
             return {}
         return {"loss_scale": self.scaler.scale, "loss_scaler": self.scaler.state_dict()}

@@ -42,13 +42,15 @@ class FixedConfig:
 
 @SCHEDULES.register("fixed", config=FixedConfig)
 class Fixed(Schedule):
-    """`--lr A,B,C` by epoch, shrinking from epoch F = --force-anneal on::
+    """`--lr A,B,C` by epoch, shrinking from epoch F = --force-anneal on.
 
-    base(e) = lrs[min(e, len(lrs)) - 1]              e < F, or no F
-              lrs[-1] * shrink ** (e + 1 - F)        e >= F
-    lr(u, e) = base(e) * (u + 1) / warmup            u < warmup
-               base(e)                               otherwise
-    """
+    Formula::
+
+        base(e) = lrs[min(e, len(lrs)) - 1]              e < F, or no F
+                  lrs[-1] * shrink ** (e + 1 - F)        e >= F
+        lr(u, e) = base(e) * (u + 1) / warmup            u < warmup
+                   base(e)                               otherwise
+        """
 
     takes_lr_by_epoch = True
 
@@ -80,12 +82,14 @@ class InverseSqrtConfig:
 
 @SCHEDULES.register("inverse_sqrt", config=InverseSqrtConfig)
 class InverseSqrt(Schedule):
-    """Linear warm-up, then the inverse square root (Vaswani et al., 2017)::
+    """Linear warm-up, then the inverse square root (Vaswani et al., 2017).
+
+    Formula::
 
         lr(u) = init + u * (peak - init) / warmup        u < warmup
                 peak * sqrt(warmup) / sqrt(u)            otherwise
 
-    init is --warmup-init-lr, by default 0 with a warm-up. Without one, lr(u) = peak / sqrt(max(u, 1)).
+    init is --warmup-init-lr, by default 0. Without a warm-up, lr(u) = peak / sqrt(max(u, 1)).
     """
 
     def __init__(
@@ -100,7 +104,7 @@ class InverseSqrt(Schedule):
         if num_updates < self.warmup:
             return _linear(self.init, self.peak, num_updates, self.warmup)
         # fairseq divides by zero without a warm-up; the formula's limit is a warm-up of one.
-        return self.peak * max(self.warmup, 1) ** 0.5 * max(num_updates, 1) ** -0.5
+        return float(self.peak * max(self.warmup, 1) ** 0.5 * max(num_updates, 1) ** -0.5)
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,9 @@ class PolynomialDecayConfig:
 
 @SCHEDULES.register("polynomial_decay", config=PolynomialDecayConfig)
 class PolynomialDecay(Schedule):
-    """Linear warm-up, then (1 - progress) ** power::
+    """Linear warm-up, then (1 - progress) ** power.
+
+    Formula::
 
         lr(u) = base * u / warmup                                          u <= warmup
                 (base - end) * (1 - (u - warmup) / (total - warmup)) ** power + end
@@ -200,7 +206,9 @@ class CosineConfig:
 
 @SCHEDULES.register("cosine", config=CosineConfig)
 class Cosine(Schedule):
-    """Warm-up, then cosine annealing with restarts (Loshchilov and Hutter, 2017)::
+    """Warm-up, then cosine annealing with restarts (Loshchilov and Hutter, 2017).
+
+    Formula::
 
         lr(u) = init + u * (peak - init) / warmup                          u < warmup
         i     = index of the period that holds u - warmup
@@ -270,7 +278,9 @@ class TriStageConfig:
 
 @SCHEDULES.register("tri_stage", config=TriStageConfig)
 class TriStage(Schedule):
-    """Linear up, constant, exponential down (Park et al., 2019)::
+    """Linear up, constant, exponential down (Park et al., 2019).
+
+    Formula::
 
         lr(u) = i p + u * (p - i p) / warmup             u < warmup
                 p                                        u < warmup + hold
@@ -306,7 +316,7 @@ class TriStage(Schedule):
         if u < self.hold:
             return peak
         u -= self.hold
-        if 0 < self.decay and u <= self.decay:
+        if self.decay > 0 and u <= self.decay:
             return float(peak * end ** (u / self.decay))
         return end * peak
 
@@ -323,12 +333,14 @@ class TriangularConfig:
 
 @SCHEDULES.register("triangular", config=TriangularConfig)
 class Triangular(Schedule):
-    """Cyclical learning rates (Smith, 2017), with h = lr_period_updates // 2::
+    """Cyclical learning rates (Smith, 2017), with h = lr_period_updates // 2.
 
-    c     = floor(u / 2h)
-    top   = max_lr * shrink ** c,  bottom = lr (* shrink ** c with --shrink-min)
-    lr(u) = bottom + (top - bottom) * max(0, 1 - |u / h - 2c - 1|)
-    """
+    Formula::
+
+        c     = floor(u / 2h)
+        top   = max_lr * shrink ** c,  bottom = lr (* shrink ** c with --shrink-min)
+        lr(u) = bottom + (top - bottom) * max(0, 1 - |u / h - 2c - 1|)
+        """
 
     def __init__(
         self, cfg: TriangularConfig, optimization: OptimizationConfig, *, maximize: bool = False
@@ -373,7 +385,9 @@ class StepConfig:
 
 @SCHEDULES.register("step", config=StepConfig)
 class Step(Schedule):
-    """Warm-up, then a staircase::
+    """Warm-up, then a staircase.
+
+    Formula::
 
         lr(u) = init + u * (peak - init) / warmup                    u < warmup
                 max(min, peak * decay ** ((u - warmup) // period))   otherwise
@@ -409,7 +423,9 @@ class ManualConfig:
 
 @SCHEDULES.register("manual", config=ManualConfig)
 class Manual(Schedule):
-    """Two tables, --update2lr before --epoch2lr before --lr::
+    """Two tables, --update2lr before --epoch2lr before --lr.
+
+    Formula::
 
         lr(u, e) = update2lr[largest key <= u], else epoch2lr[largest key <= e], else lr
 
@@ -465,7 +481,9 @@ class ReduceOnPlateauConfig:
 
 @SCHEDULES.register("reduce_lr_on_plateau", config=ReduceOnPlateauConfig)
 class ReduceOnPlateau(Schedule):
-    """Warm-up, then shrink whenever validation has not improved for `patience` epochs::
+    """Warm-up, then shrink whenever validation has not improved for `patience` epochs.
+
+    Formula::
 
         lr(u) = init + u * (peak - init) / warmup        u <= warmup
                 peak * shrink ** (times shrunk)          otherwise
@@ -490,13 +508,14 @@ class ReduceOnPlateau(Schedule):
 
     def lr(self, num_updates: int, epoch: int) -> float:
         """See the class docstring."""
-        if 0 < self.cfg.warmup_updates and num_updates <= self.cfg.warmup_updates:
+        if num_updates <= self.cfg.warmup_updates and self.cfg.warmup_updates > 0:
             return _linear(self.init, self.peak, num_updates, self.cfg.warmup_updates)
         return float(self.peak * self.cfg.lr_shrink**self.shrunk)
 
     def observe(self, value: float | None, num_updates: int) -> None:
         """Count epochs without improvement; shrink when patience is exceeded."""
-        if value is None or num_updates <= self.cfg.warmup_updates and self.cfg.warmup_updates > 0:
+        warming_up = self.cfg.warmup_updates > 0 and num_updates <= self.cfg.warmup_updates
+        if value is None or warming_up:
             return
         if self._improves(value):
             self.best, self.bad_epochs = value, 0
@@ -513,7 +532,7 @@ class ReduceOnPlateau(Schedule):
         return value < self.best * (1 - self.cfg.lr_threshold)
 
     def state_dict(self) -> dict[str, Any]:
-        """fairseq's `best` and `num_bad_epochs`, and how often the rate was shrunk."""
+        """`best` and `num_bad_epochs` as fairseq has them, and how often the rate was shrunk."""
         return {**super().state_dict(), "num_bad_epochs": self.bad_epochs, "shrunk": self.shrunk}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -525,7 +544,7 @@ class ReduceOnPlateau(Schedule):
 
 @SCHEDULES.register("pass_through")
 def pass_through(*_: object, **__: object) -> Schedule:
-    """fairseq's companion of the composite optimizer, which is not here.
+    """The companion of fairseq's composite optimizer, which is not here.
 
     Raises:
         ConfigError: always.
