@@ -1,4 +1,4 @@
-"""Settings every test shares."""
+"""Settings and data that tests of every tier share."""
 
 from __future__ import annotations
 
@@ -9,10 +9,25 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
+from pathlib import Path
+
+import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.helpers.commands import flite
+from tests.helpers.toy import preprocess_args, write_text
 
 # No deadline: on a busy machine a slow example is no fault. Derandomised: the same tests every time.
 settings.register_profile(
     "suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder of toy sentences (200 / 20 / 20), made by flite-preprocess."""
+    folder = tmp_path_factory.mktemp("toy")
+    text = write_text(folder / "text", {"train": 200, "valid": 20, "test": 20})
+    assert flite("preprocess", *preprocess_args(text, folder / "data-bin")) == 0
+    return folder / "data-bin"

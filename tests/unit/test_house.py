@@ -1,0 +1,94 @@
+"""The house is in order: versions agree, commands start fast, no machine is named."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import fairseq_lite
+from tests.helpers.commands import REPOSITORY
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = None
+
+COMMANDS = ("preprocess", "train", "generate", "validate", "interactive", "score")
+# Assembled from parts, so that this file does not contain what it looks for.
+FOREIGN = re.compile("|".join(["/wo" + "rk/", "/ro" + "ot/", "/ho" + "me/", "py" + "pi.org"]))
+TEXT = {".py", ".md", ".toml", ".ini", ".cfg", ".sh", ".txt", ".yaml", ".yml", ".tsv", ".json", ""}
+
+
+def tracked_files() -> list[Path]:
+    """Files under version control; all text files where there is no git."""
+    found = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    if found.returncode:
+        pytest.skip("not a git checkout")
+    paths = [REPOSITORY / name for name in found.stdout.split("\0") if name]
+    return [path for path in paths if path.suffix in TEXT and path.is_file()]
+
+
+def test_no_file_names_a_machine_or_an_index():
+    named = [
+        f"{path.relative_to(REPOSITORY)}: {match.group()}"
+        for path in tracked_files()
+        if (match := FOREIGN.search(path.read_text(encoding="utf-8", errors="replace")))
+    ]
+    assert named == []
+
+
+@pytest.mark.skipif(tomllib is None, reason="tomllib is new in Python 3.11")
+def test_metadata_agrees_with_the_code():
+    metadata = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    scripts = metadata["project"]["scripts"]
+    assert scripts == {f"flite-{name}": f"fairseq_lite_cli.entry:{name}" for name in COMMANDS}
+    assert "version" in metadata["project"]["dynamic"]
+    extras = metadata["project"]["optional-dependencies"]
+    assert {"fairscale", "deepspeed", "slurm", "dev"} <= extras.keys()
+
+
+def test_changelog_knows_this_version():
+    changelog = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert "## [Unreleased]" in changelog or f"## [{fairseq_lite.__version__}]" in changelog
+
+
+def test_every_link_between_documents_leads_somewhere():
+    broken = []
+    for path in tracked_files():
+        if path.suffix != ".md":
+            continue
+        for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
+            if "://" not in target and not (path.parent / target).exists():
+                broken.append(f"{path.relative_to(REPOSITORY)}: {target}")
+    assert broken == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_quick(command):
+    start = time.monotonic()
+    shown = subprocess.run(
+        [sys.executable, "-m", f"fairseq_lite_cli.{command}", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    took = time.monotonic() - start
+    assert shown.returncode == 0, shown.stderr
+    assert f"flite-{command}" in shown.stdout
+    assert took < 5, f"{took:.1f} s"
+
+
+def test_importing_the_package_imports_no_torch():
+    code = (
+        "import sys, fairseq_lite, fairseq_lite.registry, fairseq_lite.plugins;"
+        "import fairseq_lite.config.core, fairseq_lite.config.parse, fairseq_lite.config.serial;"
+        "import fairseq_lite_cli.entry; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
