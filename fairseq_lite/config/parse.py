@@ -233,7 +233,7 @@ def _add_inert(
         if row.kind == "switch":
             parser.add_argument(*spare, action="store_true", **options)
         else:
-            nargs = {"nargs": "?"} if row.kind == "optional" else {}
+            nargs: dict[str, Any] = {"nargs": "?"} if row.kind == "optional" else {}
             parser.add_argument(*spare, **nargs, **options)
     return inert
 
