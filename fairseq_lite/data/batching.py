@@ -135,6 +135,36 @@ def batch_by_size(
     return [indices[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
+def batch_in_buckets(
+    indices: Indices,
+    num_tokens: npt.NDArray[Any],
+    *,
+    max_tokens: int | None = None,
+    max_sentences: int | None = None,
+    required_multiple: int = 1,
+) -> list[Indices]:
+    """As `batch_by_size`, for costs that take few values: every batch of a cost has one size.
+
+    The size of a batch is the largest that `max_tokens` allows at its longest cost, rounded down
+    to `required_multiple` unless `max_sentences` sets it; so there are few shapes in all.
+    """
+    costs = np.maximum(np.asarray(num_tokens, dtype=np.int64), 1)
+    limits = np.full(len(costs), max_sentences or len(costs), dtype=np.int64)
+    if max_tokens is not None:
+        limits = np.minimum(limits, np.maximum(max_tokens // costs, 1))
+    if max_sentences is None:
+        rounded = limits - limits % required_multiple
+        limits = np.where(limits >= required_multiple, rounded, limits)
+    batches = []
+    start = 0
+    while start < len(costs):
+        tightest = np.minimum.accumulate(limits[start : start + int(limits[start])])
+        fit = int((np.arange(1, len(tightest) + 1) <= tightest).sum())
+        batches.append(indices[start : start + fit])
+        start += fit
+    return batches
+
+
 def _allowed(size: int, multiple: int) -> int:
     """The largest allowed batch size up to `size`."""
     return size if size < multiple else size - size % multiple
