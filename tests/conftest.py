@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# One thread a process, decided before torch is imported: the tests' models are too small to gain from
-# more, and several processes on few cores would wait for one another. Child processes inherit it.
+# One thread a process, decided before torch is imported: the tests' models are too small to gain
+# from more, and several processes on few cores would wait for one another. Children inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from tests.helpers.commands import flite
 from tests.helpers.toy import preprocess_args, write_text
 
-# No deadline: on a busy machine a slow example is no fault. Derandomised: the same tests every time.
+# No deadline: on a busy machine a slow example is no fault. Derandomised: always the same tests.
 settings.register_profile(
     "suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
