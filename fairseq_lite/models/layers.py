@@ -80,6 +80,31 @@ class OutputProjection(nn.Linear):
             nn.init.normal_(self.weight, std=self.in_features**-0.5)
 
 
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation whose output has the dtype of its input; sums are in fp32 inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis."""
+        if x.device.type == "cpu" or x.dtype != torch.bfloat16:
+            return super().forward(x)
+        # Autocast would widen to fp32 here, and every following addition with it.
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+def to_compute_dtype(x: Tensor) -> Tensor:
+    """Under bf16 autocast, `x` in bf16, so that states stay narrow between the matrix products too.
+
+    This is what fairseq's `--bf16` computes in; autocast alone would keep the residual stream in fp32
+    and cast it before each product.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+        return x.to(torch.bfloat16)
+    return x
+
+
 def positions_of(tokens: Tensor, padding_idx: int) -> Tensor:
     """Position numbers (B, T): padding_idx + 1, + 2, … over the real tokens, padding_idx on padding."""
     real = tokens.ne(padding_idx)

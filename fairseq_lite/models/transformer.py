@@ -19,16 +19,19 @@ from fairseq_lite.models.api import (
     NetOutput,
     StateDict,
 )
+from fairseq_lite.models.attention import attention_bias, causal_blocked
 from fairseq_lite.models.config import StackConfig, TransformerConfig
 from fairseq_lite.models.dropout import Dropout
 from fairseq_lite.models.layers import (
     Embedding,
+    LayerNorm,
     OutputProjection,
     XavierLinear,
     kept_layers,
     make_positions,
     positions_of,
     run_layer,
+    to_compute_dtype,
 )
 from fairseq_lite.models.transformer_layers import TransformerDecoderLayer, TransformerEncoderLayer
 from fairseq_lite.models.upgrade import drop_old_final_norm, upgrade_names
@@ -43,7 +46,7 @@ class _Stack(nn.Module):
 
     version: Tensor
     layers: nn.ModuleList
-    layer_norm: nn.LayerNorm | None
+    layer_norm: LayerNorm | None
 
     def __init__(self, cfg: StackConfig, embed_tokens: Embedding, max_positions: int) -> None:
         super().__init__()
@@ -65,9 +68,9 @@ class _Stack(nn.Module):
             if cfg.positions
             else None
         )
-        self.layernorm_embedding = nn.LayerNorm(cfg.embed_dim) if cfg.layernorm_embedding else None
+        self.layernorm_embedding = LayerNorm(cfg.embed_dim) if cfg.layernorm_embedding else None
         self.layers = nn.ModuleList(self.build_layer(cfg, i) for i in range(cfg.layers))
-        self.layer_norm = nn.LayerNorm(cfg.embed_dim) if cfg.final_norm else None
+        self.layer_norm = LayerNorm(cfg.embed_dim) if cfg.final_norm else None
 
     def build_layer(self, cfg: StackConfig, index: int) -> nn.Module:
         """Make layer `index`; a stack with other layers overrides this."""
@@ -85,17 +88,18 @@ class _Stack(nn.Module):
             positions: their position numbers; counted from the tokens when None.
         """
         x = self.embed_tokens(tokens)
-        if self.embed_scale != 1.0:
-            x = x * self.embed_scale
+        scale = self.embed_scale
         if self.project_in_dim is not None:
-            x = self.project_in_dim(x)
+            x, scale = self.project_in_dim(x * scale), 1.0
         if self.embed_positions is not None:
             if positions is None:
                 positions = positions_of(tokens, self.padding_idx)
-            x = x + self.embed_positions(positions)
+            x = torch.add(self.embed_positions(positions), x, alpha=scale)
+        elif scale != 1.0:
+            x = x * scale
         if self.layernorm_embedding is not None:
             x = self.layernorm_embedding(x)
-        out: Tensor = self.dropout_module(x)
+        out: Tensor = self.dropout_module(to_compute_dtype(x))
         return out
 
     def padding_of(self, tokens: Tensor) -> Tensor | None:
@@ -128,12 +132,12 @@ class TransformerEncoder(_Stack):
         """
         padding = self.padding_of(src_tokens)
         x = self.embed(src_tokens)
-        blocked = None
+        bias = None
         if padding is not None:
-            x = x.masked_fill(padding[:, :, None], 0.0)
-            blocked = padding[:, None, None, :]
+            x = x * (~padding).to(x.dtype)[:, :, None]
+            bias = attention_bias(padding[:, None, None, :], x.dtype)
         for layer in kept_layers(self.layers, self.cfg.layerdrop, self.training):
-            x = self._run(layer, x, blocked)
+            x = self._run(layer, x, bias)
         if self.layer_norm is not None:
             x = self.layer_norm(x)
         return EncoderOut(x, padding)
@@ -195,27 +199,34 @@ class TransformerDecoder(_Stack):
         Returns:
             Logits (B, T, V), or features (B, T, D'), and the extras.
         """
-        # Under a causal mask padding at the end is never seen by a real token; only padding on the
-        # left has to be masked.
-        padding = prev_output_tokens[:, :1].eq(self.padding_idx)
-        blocked = None
-        if bool(padding.any()):
-            blocked = prev_output_tokens.eq(self.padding_idx)[:, None, None, :]
-        states, encoder_blocked = None, None
+        x = self.embed(prev_output_tokens)
+        bias, causal = self._causal_bias(prev_output_tokens, x.dtype)
+        states, encoder_bias = None, None
         if encoder_out is not None:
             states = encoder_out.states
             if encoder_out.padding_mask is not None:
-                encoder_blocked = encoder_out.padding_mask[:, None, None, :]
-        x = self.embed(prev_output_tokens)
+                encoder_bias = attention_bias(encoder_out.padding_mask[:, None, None, :], x.dtype)
         chosen = self.layers[-1 if alignment_layer is None else alignment_layer]
         extra: dict[str, Any] = {}
         for layer in kept_layers(self.layers, self.cfg.layerdrop, self.training):
             wanted = need_alignment and layer is chosen
-            x, weights = self._run(layer, x, blocked, states, encoder_blocked, wanted)
+            x, weights = self._run(layer, x, bias, causal, states, encoder_bias, wanted)
             if weights is not None:
                 extra["attn"] = weights.mean(dim=1)
         x = self.finish(x)
         return (x if features_only else self.output_projection(x)), extra
+
+    def _causal_bias(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+        """What hides the future, and whether it hides nothing else.
+
+        Padding at the end is the future of every real token and needs no hiding; padding on the left
+        does.
+        """
+        future = causal_blocked(tokens.size(1), tokens.device)
+        if not bool(tokens[:, 0].eq(self.padding_idx).any()):
+            return attention_bias(future, dtype), True
+        padding = tokens.eq(self.padding_idx)[:, None, None, :]
+        return attention_bias(future | padding, dtype), False
 
     def finish(self, x: Tensor) -> Tensor:
         """The last layer's states (…, D) to features (…, D')."""
