@@ -12,17 +12,10 @@ from torch import Tensor
 
 from fairseq_lite.config.flags import flag
 from fairseq_lite.errors import ConfigError
-from fairseq_lite.optim.api import OPTIMIZERS, Optimizer
+from fairseq_lite.optim.api import OPTIMIZERS, Optimizer, check_betas
 
 _HALF_MAX = float(torch.finfo(torch.float16).max)
 _HALF_TINY = 1e-30
-
-
-def check_betas(name: str, betas: tuple[float, ...]) -> None:
-    """Raise ConfigError unless `betas` are two numbers in [0, 1)."""
-    if len(betas) != 2 or not all(0.0 <= b < 1.0 for b in betas):
-        text = ",".join(f"{b:g}" for b in betas)
-        raise ConfigError(f"{name} {text}: expected two numbers in [0, 1), as in 0.9,0.98")
 
 
 @dataclass(frozen=True)
@@ -70,42 +63,45 @@ class Adam(Optimizer):
         )
         self.half_state = cfg.fp16_adam_stats
 
-    def _step(self, params: list[Tensor], grads: list[Tensor]) -> None:
-        for step, members in self._by_step(params).items():
-            ps = [params[i] for i in members]
-            gs = [grads[i] for i in members]
-            if self.half_state:
-                self._scaled_half(ps, gs, step)
-            elif _has_fused(ps, gs):
-                self._fused(ps, gs, step)
-            else:
-                self._foreach(ps, gs, step)
-
-    def update(self, params: list[Tensor], grads: list[Tensor]) -> None:
-        """See the base class; `step` is what the trainer calls."""
-        self._step(params, grads)
-
-    def _by_step(self, params: list[Tensor]) -> dict[int, list[int]]:
-        """Count the update; the indices of the parameters that share a count (usually all)."""
-        groups: dict[int, list[int]] = {}
-        for i, p in enumerate(params):
-            state = self.state.get(p)
-            if state is None:
-                state = self.state[p] = self._fresh(p)
-            state["step"] += 1
-            groups.setdefault(state["step"], []).append(i)
-        return groups
-
-    def _fresh(self, p: Tensor) -> dict[str, Any]:
-        dtype = self.state_dtype(p, "exp_avg")
+    def fresh(self, param: Tensor) -> dict[str, Any]:
+        """See the base class."""
         state: dict[str, Any] = {
             "step": 0,
-            "exp_avg": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
+            "exp_avg": torch.zeros_like(param, dtype=self.state_dtype(param, "exp_avg")),
+            "exp_avg_sq": torch.zeros_like(param, dtype=self.state_dtype(param, "exp_avg_sq")),
         }
         if self.half_state:
             state["exp_avg_scale"] = state["exp_avg_sq_scale"] = 1.0
         return state
+
+    def _step(
+        self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
+    ) -> None:
+        if self.half_state:
+            self._half_step(params, grads, states)
+        elif _has_fused(params, grads):
+            for members, step in _counted(states):
+                self._fused(
+                    [params[i] for i in members],
+                    [grads[i] for i in members],
+                    [states[i] for i in members],
+                    step,
+                )
+        else:
+            super()._step(params, grads, states)
+
+    def update(
+        self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
+    ) -> None:
+        """See the class docstring; for types and devices without a fused kernel."""
+        for members, step in _counted(states):
+            self._apply(
+                [params[i] for i in members],
+                [grads[i] for i in members],
+                [states[i]["exp_avg"] for i in members],
+                [states[i]["exp_avg_sq"] for i in members],
+                step,
+            )
 
     def state_dtype(self, param: Tensor, key: str) -> torch.dtype:
         """float16 with --fp16-adam-stats."""
@@ -113,7 +109,13 @@ class Adam(Optimizer):
             return torch.float16
         return super().state_dtype(param, key)
 
-    def _fused(self, params: list[Tensor], grads: list[Tensor], step: int) -> None:
+    def _fused(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Any]],
+        step: int,
+    ) -> None:
         b1, b2 = self.hyper["betas"]
         device = params[0].device
         # A fill on the device, not a copy to it, so that the host need not wait.
@@ -121,8 +123,8 @@ class Adam(Optimizer):
         torch._fused_adamw_(
             params,
             grads,
-            [self.state[p]["exp_avg"] for p in params],
-            [self.state[p]["exp_avg_sq"] for p in params],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [],
             [count] * len(params),
             amsgrad=False,
@@ -135,33 +137,22 @@ class Adam(Optimizer):
             grad_scale=_reciprocal(self._factor, device),  # the kernel divides by it
         )
 
-    def _foreach(self, params: list[Tensor], grads: list[Tensor], step: int) -> None:
-        masters = [p if p.dtype in (torch.float32, torch.float64) else p.float() for p in params]
-        grads = [g.to(m.dtype) for g, m in zip(grads, masters, strict=True)]
-        if self._factor is not None:
-            grads = list(torch._foreach_mul(grads, self._factor))
-        firsts = [self.state[p]["exp_avg"] for p in params]
-        seconds = [self.state[p]["exp_avg_sq"] for p in params]
-        self._apply(masters, grads, firsts, seconds, step)
-        for p, m in zip(params, masters, strict=True):
-            if m is not p:
-                p.copy_(m)
-
-    def _scaled_half(self, params: list[Tensor], grads: list[Tensor], step: int) -> None:
+    def _half_step(
+        self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
+    ) -> None:
         """One parameter at a time, so that only one is ever held in float32 besides."""
-        for p, g in zip(params, grads, strict=True):
-            state = self.state[p]
-            first = state["exp_avg"].float() * state.get("exp_avg_scale", 1.0)
-            second = state["exp_avg_sq"].float() * state.get("exp_avg_sq_scale", 1.0)
-            master = p if p.dtype == torch.float32 else p.float()
-            g = g.float() if self._factor is None else g.float() * self._factor
-            self._apply([master], [g], [first], [second], step)
-            if master is not p:
-                p.copy_(master)
-            for key, value in (("exp_avg", first), ("exp_avg_sq", second)):
+        for p, g, state in zip(params, grads, states, strict=True):
+            wide = {
+                "step": state["step"],
+                "exp_avg": state["exp_avg"].float() * state.get("exp_avg_scale", 1.0),
+                "exp_avg_sq": state["exp_avg_sq"].float() * state.get("exp_avg_sq_scale", 1.0),
+            }
+            super()._step([p], [g], [wide])
+            state["step"] = wide["step"]
+            for key in ("exp_avg", "exp_avg_sq"):
                 # The largest value becomes the largest float16: the widest range there is.
-                scale = (value.abs().max() / _HALF_MAX).clamp_min(_HALF_TINY)
-                state[key].copy_(value / scale)
+                scale = (wide[key].abs().max() / _HALF_MAX).clamp_min(_HALF_TINY)
+                state[key].copy_(wide[key] / scale)
                 state[f"{key}_scale"] = scale
 
     def _apply(
@@ -183,6 +174,15 @@ class Adam(Optimizer):
             torch._foreach_mul_(params, 1 - lr * wd)
         size = lr * math.sqrt(1 - b2**step) / (1 - b1**step)
         torch._foreach_addcdiv_(params, firsts, denominators, value=-size)
+
+
+def _counted(states: list[dict[str, Any]]) -> list[tuple[list[int], int]]:
+    """Count an update in each state; groups of those that share a count (usually all do)."""
+    groups: dict[int, list[int]] = {}
+    for i, state in enumerate(states):
+        state["step"] += 1
+        groups.setdefault(state["step"], []).append(i)
+    return [(members, step) for step, members in groups.items()]
 
 
 def _reciprocal(factor: float | Tensor | None, device: torch.device) -> Tensor | None:

@@ -7,6 +7,7 @@ the schedule and tells the optimizer.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -18,8 +19,19 @@ from fairseq_lite.config.core import OptimizationConfig
 from fairseq_lite.errors import CheckpointError, ConfigError
 from fairseq_lite.registry import Registry
 
+logger = logging.getLogger(__name__)
+
 OPTIMIZERS = Registry("optimizer", "--optimizer")
 SCHEDULES = Registry("learning-rate schedule", "--lr-scheduler")
+
+_WIDE = (torch.float32, torch.float64)
+
+
+def check_betas(name: str, betas: tuple[float, ...]) -> None:
+    """Raise ConfigError unless `betas` are two numbers in [0, 1)."""
+    if len(betas) != 2 or not all(0.0 <= b < 1.0 for b in betas):
+        text = ",".join(f"{b:g}" for b in betas)
+        raise ConfigError(f"{name} {text}: expected two numbers in [0, 1), as in 0.9,0.98")
 
 
 class Optimizer(ABC):
@@ -51,21 +63,47 @@ class Optimizer(ABC):
         self._factor: float | Tensor | None = None  # waits for step(), which multiplies anyway
 
     @abstractmethod
-    def update(self, params: list[Tensor], grads: list[Tensor]) -> None:
-        """Change `params` in place, given their gradients (already scaled and clipped)."""
+    def update(
+        self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
+    ) -> None:
+        """Change `params` and `states` in place.
+
+        Args:
+            params: float32 (or float64) tensors; 16-bit parameters come as copies, which are
+                written back afterwards.
+            grads: their gradients in the same type, scaled and clipped. May be overwritten.
+            states: their states, made by `fresh` and updated by this method before.
+        """
+
+    def fresh(self, param: Tensor) -> dict[str, Any]:
+        """The state of a parameter before its first update."""
+        return {}
 
     def step(self) -> None:
         """Update every parameter that has a gradient, under the pending clip factor."""
         params, grads = self._with_gradients()
         if params:
             with torch.no_grad():
-                self._step(params, grads)
+                self._step(params, grads, [self._state_of(p) for p in params])
         self._factor = None
 
-    def _step(self, params: list[Tensor], grads: list[Tensor]) -> None:
+    def _step(
+        self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
+    ) -> None:
+        masters = [p if p.dtype in _WIDE else p.float() for p in params]
+        grads = [g.to(m.dtype) for g, m in zip(grads, masters, strict=True)]
         if self._factor is not None:
             torch._foreach_mul_(grads, self._factor)
-        self.update(params, grads)
+        self.update(masters, grads, states)
+        for p, m in zip(params, masters, strict=True):
+            if m is not p:
+                p.copy_(m)
+
+    def _state_of(self, param: Tensor) -> dict[str, Any]:
+        state = self.state.get(param)
+        if state is None:
+            state = self.state[param] = self.fresh(param)
+        return state
 
     def zero_grad(self) -> None:
         """Forget all gradients (and a pending clip factor: an update may have been skipped)."""
@@ -135,7 +173,9 @@ class Optimizer(ABC):
     ) -> None:
         """Take over a state written by `state_dict`, by fairseq or by a torch optimizer.
 
-        fairseq's --fp16 keeps one flat tensor for all parameters; it is cut up here.
+        fairseq's --fp16 keeps one flat tensor for all parameters; it is cut up here. Of the
+        hyper-parameters, only those that change during training (`carried`) are taken: the others
+        are what this run's flags say. fairseq silently keeps the old ones instead.
 
         Args:
             state: the dictionary under `last_optimizer_state`.
@@ -165,7 +205,7 @@ class Optimizer(ABC):
             if entry
         }
         self.state = loaded
-        self.hyper.update({k: v for k, v in groups[0].items() if k in self.hyper})
+        self._take_hyper(groups[0])
         for name, value in (overrides or {}).items():
             if name not in self.hyper:
                 raise ConfigError(
@@ -173,6 +213,18 @@ class Optimizer(ABC):
                 )
             old = self.hyper[name]
             self.hyper[name] = tuple(value) if isinstance(old, tuple) else value
+
+    def _take_hyper(self, group: Mapping[str, Any]) -> None:
+        for name, value in group.items():
+            if name in self.carried and name in self.hyper:
+                self.hyper[name] = value
+            elif name in self.hyper and _plain(value) != _plain(self.hyper[name]):
+                logger.info(
+                    "the checkpoint's optimizer had %s %s; now it is %s",
+                    name,
+                    value,
+                    self.hyper[name],
+                )
 
     def _load_value(self, param: Tensor, key: str, value: Any) -> Any:
         if key == "step":
@@ -187,6 +239,9 @@ class Optimizer(ABC):
         dtype = self.state_dtype(param, key) if value.is_floating_point() else value.dtype
         return value.detach().to(device=param.device, dtype=dtype, copy=True)
 
+    #: Hyper-parameters that change during training, so that a checkpoint's values count.
+    carried: ClassVar[frozenset[str]] = frozenset(("lr", "lr_old", "step"))
+
     #: State tensors that have the shape of their parameter.
     like_parameter: ClassVar[frozenset[str]] = frozenset(
         ("exp_avg", "exp_avg_sq", "exp_inf", "momentum_buffer", "sum", "square_avg", "acc_delta")
@@ -199,6 +254,10 @@ class Optimizer(ABC):
     def _with_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         params = [p for p in self.params if p.grad is not None]
         return params, [p.grad for p in params if p.grad is not None]
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
 def _clip_factor(norm: float | Tensor, max_norm: float) -> float | Tensor:

@@ -50,7 +50,7 @@ class Fixed(Schedule):
                   lrs[-1] * shrink ** (e + 1 - F)        e >= F
         lr(u, e) = base(e) * (u + 1) / warmup            u < warmup
                    base(e)                               otherwise
-        """
+    """
 
     takes_lr_by_epoch = True
 
@@ -340,7 +340,7 @@ class Triangular(Schedule):
         c     = floor(u / 2h)
         top   = max_lr * shrink ** c,  bottom = lr (* shrink ** c with --shrink-min)
         lr(u) = bottom + (top - bottom) * max(0, 1 - |u / h - 2c - 1|)
-        """
+    """
 
     def __init__(
         self, cfg: TriangularConfig, optimization: OptimizationConfig, *, maximize: bool = False
