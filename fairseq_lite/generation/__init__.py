@@ -1,0 +1,1 @@
+"""Search over outputs: strategies, the incremental decoder, the generator, what is printed."""

@@ -1,0 +1,281 @@
+"""Decoding one token at a time: a tree of keys and values that is only ever appended to.
+
+All beams of a sentence write into one cache. Step t adds K slots, one a beam; nothing is moved when
+beams are reordered. Instead each beam knows which slots its own past lies in: an additive mask, of
+which only the rows are exchanged. A beam thus sees the slots of its ancestors, whoever holds them.
+Keys and values of the encoder's states are computed once a sentence and shared by its beams.
+
+Axes: B sentences, K beams, H heads, D width of the model, S source positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fairseq_lite.models.api import EncoderOut, Model
+from fairseq_lite.models.attention import MultiheadAttention, attend, attention_bias
+from fairseq_lite.models.transformer import TransformerDecoder, TransformerModel
+from fairseq_lite.models.transformer_layers import TransformerDecoderLayer
+
+# The caches start with room for this many steps and double when it is used up.
+_FIRST_STEPS = 32
+
+
+class IncrementalDecoder(ABC):
+    """Prefixes of B sentences x K beams that grow by a token a step."""
+
+    @abstractmethod
+    def step(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
+        """Append a token to every beam and score the next.
+
+        Args:
+            tokens: (B, K), the token that continues beam `parents[b, k]` in place k.
+            parents: (B, K), or None where every beam continues itself.
+
+        Returns:
+            Logits (B, K, V).
+        """
+
+    @abstractmethod
+    def keep(self, sentences: Tensor) -> None:
+        """Go on with these sentences (indices into the present B) only."""
+
+
+def can_cache(model: Model) -> bool:
+    """Whether the tree can stand in for the model's own forward pass.
+
+    An architecture that overrides the forward pass of the decoder or of a layer may do anything
+    there; it is decoded by running it over the whole prefix.
+    """
+    return (
+        isinstance(model, TransformerModel)
+        and type(model).forward is TransformerModel.forward
+        and type(model.decoder).forward is TransformerDecoder.forward
+        and all(
+            isinstance(layer, TransformerDecoderLayer)
+            and type(layer).forward is TransformerDecoderLayer.forward
+            for layer in model.decoder.layers
+        )
+    )
+
+
+def incremental_decoder(
+    model: Model, src_tokens: Tensor, src_lengths: Tensor | None, *, beam: int, max_len: int
+) -> IncrementalDecoder:
+    """Encode a batch and make a decoder for it.
+
+    Args:
+        model: any encoder-decoder.
+        src_tokens: (B, S).
+        src_lengths: (B,).
+        beam: K.
+        max_len: no more than this many steps plus one will be asked for.
+    """
+    if can_cache(model):
+        assert isinstance(model, TransformerModel)
+        return TreeDecoder(
+            model.decoder, model.encode(src_tokens, src_lengths), beam=beam, max_len=max_len
+        )
+    return RecomputingDecoder(model, src_tokens, src_lengths, beam=beam)
+
+
+class RecomputingDecoder(IncrementalDecoder):
+    """Runs the model over the whole prefix at every step: slow, and right for any model."""
+
+    def __init__(
+        self, model: Model, src_tokens: Tensor, src_lengths: Tensor | None, *, beam: int
+    ) -> None:
+        self.model = model
+        self.beam = beam
+        self.src_tokens = src_tokens.repeat_interleave(beam, dim=0)
+        self.src_lengths = (
+            None if src_lengths is None else src_lengths.repeat_interleave(beam, dim=0)
+        )
+        self.prefixes = src_tokens.new_zeros(src_tokens.size(0), beam, 0)
+
+    def step(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
+        """See `IncrementalDecoder.step`."""
+        if parents is not None:
+            self.prefixes = self.prefixes.gather(1, parents[..., None].expand_as(self.prefixes))
+        self.prefixes = torch.cat([self.prefixes, tokens[..., None]], dim=2)
+        logits, _ = self.model(self.src_tokens, self.src_lengths, self.prefixes.flatten(0, 1))
+        return logits[:, -1].unflatten(0, tokens.shape)  # type: ignore[no-any-return]
+
+    def keep(self, sentences: Tensor) -> None:
+        """See `IncrementalDecoder.keep`."""
+        self.prefixes = self.prefixes[sentences]
+        places = torch.arange(self.beam, device=sentences.device)
+        rows = (sentences[:, None] * self.beam + places).flatten()
+        self.src_tokens = self.src_tokens[rows]
+        if self.src_lengths is not None:
+            self.src_lengths = self.src_lengths[rows]
+
+
+class _LayerState:
+    """What one layer remembers: its tree of keys and values, and those of the encoder's states."""
+
+    def __init__(self, layer: TransformerDecoderLayer, encoder_out: EncoderOut | None) -> None:
+        self.layer = layer
+        attention = layer.self_attn
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        # One product instead of three. Stacked anew for every batch, which costs little and can
+        # never be out of date with weights that are still being trained.
+        self.weight = torch.cat([p.weight for p in projections])
+        self.bias = (
+            None if attention.q_proj.bias is None else torch.cat([p.bias for p in projections])
+        )
+        self.tree: tuple[Tensor, Tensor] | None = None
+        self.source: tuple[Tensor, Tensor] | None = None
+        if encoder_out is not None and layer.encoder_attn is not None:
+            cross = layer.encoder_attn
+            self.source = (
+                cross.split_heads(cross.k_proj(encoder_out.states)).contiguous(),
+                cross.split_heads(cross.v_proj(encoder_out.states)).contiguous(),
+            )
+
+    def append(self, k: Tensor, v: Tensor, used: int, room: int) -> tuple[Tensor, Tensor]:
+        """Write (B, H, K, width) at slot `used`; return views of all slots written so far."""
+        end = used + k.size(2)
+        if self.tree is None:
+            shape = (k.size(0), k.size(1), room, k.size(3))
+            self.tree = (k.new_empty(shape), k.new_empty(shape))
+        elif self.tree[0].size(2) < end:
+            self.tree = tuple(_resized(t, used, room) for t in self.tree)  # type: ignore[assignment]
+        assert self.tree is not None
+        for cache, new in zip(self.tree, (k, v), strict=True):
+            cache[:, :, used:end] = new
+        return self.tree[0][:, :, :end], self.tree[1][:, :, :end]
+
+    def keep(self, sentences: Tensor, used: int) -> None:
+        if self.tree is not None:
+            room = self.tree[0].size(2)
+            self.tree = tuple(  # type: ignore[assignment]
+                _resized(t[:, :, :used][sentences], used, room) for t in self.tree
+            )
+        if self.source is not None:
+            self.source = (self.source[0][sentences], self.source[1][sentences])
+
+
+def _resized(cache: Tensor, used: int, room: int) -> Tensor:
+    new = cache.new_empty(cache.size(0), cache.size(1), room, cache.size(3))
+    new[:, :, :used] = cache[:, :, :used]
+    return new
+
+
+class TreeDecoder(IncrementalDecoder):
+    """A transformer decoder over a tree of prefixes.
+
+    Args:
+        decoder: its layers' weights are used as they are, dropout included where it is retained.
+        encoder_out: what the encoder returned; None for a language model.
+        beam: K.
+        max_len: no more than this many steps plus one.
+        sentences: B; needed without `encoder_out` only.
+    """
+
+    def __init__(
+        self,
+        decoder: TransformerDecoder,
+        encoder_out: EncoderOut | None,
+        *,
+        beam: int,
+        max_len: int,
+        sentences: int | None = None,
+    ) -> None:
+        self.decoder = decoder
+        self.beam = beam
+        self.max_steps = max_len + 1
+        self.steps = 0
+        self.room = min(_FIRST_STEPS, self.max_steps)
+        weight = decoder.output_projection.weight
+        if encoder_out is not None:
+            sentences = encoder_out.states.size(0)
+        assert sentences is not None
+        self.states = [
+            _LayerState(layer, encoder_out)  # type: ignore[arg-type]
+            for layer in decoder.layers
+        ]
+        self.source_bias: Tensor | None = None
+        if encoder_out is not None and encoder_out.padding_mask is not None:
+            blocked = encoder_out.padding_mask[:, None, None, :]
+            self.source_bias = attention_bias(blocked, weight.dtype)
+        # What each beam sees of the tree: 0 on its ancestors, a very low number elsewhere.
+        self.blind = torch.finfo(weight.dtype).min / 2
+        self.sight = weight.new_full((sentences, beam, self.room * beam), self.blind)
+
+    def step(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
+        """See `IncrementalDecoder.step`."""
+        bias = self._look(parents)
+        position = self.decoder.padding_idx + 1 + self.steps
+        x = self.decoder.embed(tokens, torch.full_like(tokens, position))
+        for state in self.states:
+            x = self._layer(state, x, bias)
+        self.steps += 1
+        logits: Tensor = self.decoder.output_projection(self.decoder.finish(x))
+        return logits
+
+    def keep(self, sentences: Tensor) -> None:
+        """See `IncrementalDecoder.keep`."""
+        for state in self.states:
+            state.keep(sentences, self.steps * self.beam)
+        self.sight = self.sight[sentences]
+        if self.source_bias is not None:
+            self.source_bias = self.source_bias[sentences]
+
+    def _look(self, parents: Tensor | None) -> Tensor:
+        """Take over the parents' sight and add each beam's own new slot: (B, 1, K, slots)."""
+        used, end = self.steps * self.beam, (self.steps + 1) * self.beam
+        if self.steps == self.room:
+            self.room = min(2 * self.room, self.max_steps)
+            self.sight = F.pad(
+                self.sight, (0, self.room * self.beam - self.sight.size(2)), value=self.blind
+            )
+        if parents is not None and used:
+            seen = self.sight[:, :, :used]
+            self.sight[:, :, :used] = seen.gather(1, parents[..., None].expand_as(seen))
+        self.sight[:, :, used:end].diagonal(dim1=1, dim2=2).zero_()
+        return self.sight[:, None, :, :end]
+
+    def _layer(self, state: _LayerState, x: Tensor, bias: Tensor) -> Tensor:
+        layer = state.layer
+        norm = layer.self_attn_layer_norm
+        out = self._self_attention(state, norm(x) if layer.normalize_before else x, bias)
+        x = layer.dropout_module.add(out, x)
+        if not layer.normalize_before:
+            x = norm(x)
+        if state.source is not None:
+            cross_norm = layer.encoder_attn_layer_norm
+            assert cross_norm is not None
+            out = self._cross_attention(state, cross_norm(x) if layer.normalize_before else x)
+            x = layer.dropout_module.add(out, x)
+            if not layer.normalize_before:
+                x = cross_norm(x)
+        return layer.feed_forward(x)
+
+    def _self_attention(self, state: _LayerState, x: Tensor, bias: Tensor) -> Tensor:
+        attention = state.layer.self_attn
+        qkv = F.linear(x, state.weight, state.bias)
+        q, k, v = (attention.split_heads(part) for part in qkv.chunk(3, dim=-1))
+        keys, values = state.append(k, v, self.steps * self.beam, self.room * self.beam)
+        return _mix(attention, q, keys, values, bias)
+
+    def _cross_attention(self, state: _LayerState, x: Tensor) -> Tensor:
+        attention = state.layer.encoder_attn
+        assert attention is not None
+        assert state.source is not None
+        q = attention.split_heads(attention.q_proj(x))
+        return _mix(attention, q, *state.source, self.source_bias)
+
+
+def _mix(
+    attention: MultiheadAttention, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None
+) -> Tensor:
+    # Dropout is active only where --retain-dropout keeps it so.
+    dropout_p = attention.dropout_module.active_p
+    mixed, _ = attend(q, keys, values, bias=bias, dropout_p=dropout_p)
+    out: Tensor = attention.out_proj(mixed.transpose(1, 2).flatten(2))
+    return out
