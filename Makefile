@@ -12,7 +12,7 @@ TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
 
 BIN := $(abspath $(VENV))/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check $(PIP_FLAGS)
 
 .PHONY: help quickstart test lint unit subsystem smoke gpu benchmark format clean
 .DELETE_ON_ERROR:
