@@ -27,7 +27,6 @@ _ENTRIES = (
     "fairseq_lite.models.transformer",
     "fairseq_lite.models.presets",
     "fairseq_lite.criteria.cross_entropy",
-    "fairseq_lite.criteria.label_smoothed_cross_entropy",
     "fairseq_lite.optim.optimizers",
     "fairseq_lite.optim.schedules",
     "fairseq_lite.parallel.legacy_ddp",
