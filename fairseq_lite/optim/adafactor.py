@@ -145,4 +145,5 @@ class Adafactor(Optimizer):
 
 
 def _rms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x) / math.sqrt(x.numel())
+    norm: Tensor = torch.linalg.vector_norm(x)
+    return norm / math.sqrt(x.numel())

@@ -109,6 +109,34 @@ class TensorBoard(Sink):
         self._writers.clear()
 
 
+class WandB(Sink):
+    """One run of Weights & Biases; keys get their tag in front, `train_inner/loss`.
+
+    Args:
+        project: `--wandb-project`.
+        name: the run's name; WANDB_NAME in the environment comes first.
+
+    Raises:
+        MissingDependency: wandb is not installed.
+    """
+
+    def __init__(self, project: str, name: str) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise MissingDependency("--wandb-project needs wandb: pip install wandb") from None
+        self._run: Any = wandb.init(project=project, name=os.environ.get("WANDB_NAME", name))
+
+    def write(self, values: Values, tag: str, step: int) -> None:
+        """See the base class."""
+        named = {f"{tag}/{key}": value for key, value in values.items() if key != "num_updates"}
+        self._run.log(named, step=step)
+
+    def close(self) -> None:
+        """See the base class."""
+        self._run.finish()
+
+
 class Progress:
     """One pass over data: an epoch of training, or a validation.
 
