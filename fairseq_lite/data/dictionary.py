@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fairseq_lite.data.text.postprocess import post_process
+from fairseq_lite.data.postprocess import post_process
 from fairseq_lite.errors import DataError
 
 OVERWRITE = "#fairseq:overwrite"

@@ -1,0 +1,102 @@
+"""What a tokenizer and a subword segmentation are: text to pieces and back.
+
+On the way in a line goes through the tokenizer, then the subwords; on the way out the other way
+round. Both are strings with spaces between pieces, which is what `dict.txt` and the data hold.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fairseq_lite.config.core import Choice
+from fairseq_lite.errors import ConfigError, DataError
+from fairseq_lite.registry import Registry
+
+TOKENIZERS = Registry("tokenizer", "--tokenizer")
+BPE = Registry("subword segmentation", "--bpe")
+
+
+class TextCodec(ABC):
+    """A reversible segmentation of a line of text."""
+
+    @abstractmethod
+    def encode(self, text: str) -> str:
+        """Segment a line; pieces are separated by single spaces."""
+
+    @abstractmethod
+    def decode(self, text: str) -> str:
+        """Undo `encode`."""
+
+    def files(self) -> Sequence[Path]:
+        """Files that must travel with a model that uses this."""
+        return ()
+
+
+class Tokenizer(TextCodec):
+    """Words and punctuation (`--tokenizer`).
+
+    Args:
+        cfg: the entry's config.
+        source_lang: what `encode` reads.
+        target_lang: what `decode` writes.
+    """
+
+    def __init__(self, cfg: Any, source_lang: str = "en", target_lang: str = "en") -> None:
+        self.cfg = cfg
+        self.source_lang, self.target_lang = source_lang, target_lang
+
+
+class Subword(TextCodec):
+    """Pieces of words (`--bpe`).
+
+    Args:
+        cfg: the entry's config.
+    """
+
+    def __init__(self, cfg: Any) -> None:
+        self.cfg = cfg
+
+    def is_beginning_of_word(self, piece: str) -> bool:
+        """Whether a piece begins a word.
+
+        Raises:
+            ConfigError: this segmentation cannot tell.
+        """
+        raise ConfigError(f"{type(self).__name__} cannot tell where words begin")
+
+
+def build_tokenizer(
+    choice: Choice, source_lang: str | None = None, target_lang: str | None = None
+) -> Tokenizer | None:
+    """The tokenizer of a run, or None when it has none."""
+    if choice.name is None:
+        return None
+    factory = TOKENIZERS.get(choice.name).factory
+    tokenizer: Tokenizer = factory(choice.config, source_lang or "en", target_lang or "en")
+    return tokenizer
+
+
+def build_bpe(choice: Choice) -> Subword | None:
+    """The subword segmentation of a run, or None when it has none."""
+    if choice.name is None:
+        return None
+    subword: Subword = BPE.get(choice.name).factory(choice.config)
+    return subword
+
+
+def required_file(path: str | None, flag: str) -> Path:
+    """The file a flag names.
+
+    Raises:
+        ConfigError: the flag was not given.
+        DataError: there is no such file.
+    """
+    if not path:
+        raise ConfigError(f"{flag} is needed: give the path of the file")
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(f"{flag} {path}: no such file")
+    return file
