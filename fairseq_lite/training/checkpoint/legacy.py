@@ -1,10 +1,11 @@
 """Reading checkpoints that hold Python objects, without running any of them.
 
-fairseq's checkpoints are pickles with objects in them: an `argparse.Namespace`, numpy scalars, OmegaConf
-containers, fairseq's own config classes and enums. They are read with torch's `weights_only` unpickler, which
-refuses every name it is not told of. Each name on the list below is answered with an inert stand-in: a class
-or function of this module that keeps the stored values and does nothing else. Nothing named in a file is ever
-imported or called. Afterwards `plain` turns the stand-ins into dicts, lists, numbers and text.
+fairseq's checkpoints are pickles with objects in them: an `argparse.Namespace`, numpy scalars,
+OmegaConf containers, fairseq's own config classes and enums. They are read with torch's
+`weights_only` unpickler, which refuses every name it is not told of. Each name on the list below
+is answered with an inert stand-in: a class or function of this module that keeps the stored values
+and does nothing else. Nothing named in a file is ever imported or called. Afterwards `plain` turns
+the stand-ins into dicts, lists, numbers and text.
 
 A name that is not on the list is refused, and the error names it. There is no fallback.
 """
@@ -59,7 +60,7 @@ class Inert:
 
 
 class _Container(Inert):
-    """OmegaConf's DictConfig and ListConfig: only the content matters, parents and metadata do not."""
+    """OmegaConf's DictConfig and ListConfig: only their content matters."""
 
     def value(self, convert: Callable[[Any], Any]) -> Any:
         content = self.state.get("_content") if isinstance(self.state, Mapping) else None
@@ -90,15 +91,15 @@ class _DType(Inert):
         code = self.args[0] if self.args else None
         if isinstance(code, bytes):
             code = code.decode("latin1")
-        order = self.state[1] if isinstance(self.state, tuple) and len(self.state) > 1 else "="
+        order = self.state[1] if isinstance(self.state, tuple) and len(self.state) > 1 else "|"
         if isinstance(order, bytes):
             order = order.decode("latin1")
-        if not isinstance(code, str) or order not in ("<", ">", "=", "|"):
+        if not isinstance(code, str) or order not in ("<", ">", "|"):
             raise ValueError(f"a numpy type {code!r} with byte order {order!r}")
         dtype = np.dtype(code)
         if dtype.kind not in _NUMERIC_KINDS:
             raise ValueError(f"a numpy array of {code!r}: only numbers are read")
-        return dtype if order == "|" else dtype.newbyteorder(order)
+        return dtype if order == "|" else dtype.newbyteorder("<" if order == "<" else ">")
 
     def value(self, convert: Callable[[Any], Any]) -> Any:
         return str(self.numpy())
@@ -165,8 +166,8 @@ _STAND_INS: dict[str, Callable[..., Any]] = {
     **{
         f"omegaconf.nodes.{name}": _Node
         for name in (
-            "AnyNode BooleanNode BytesNode EnumNode FloatNode IntegerNode InterpolationResultNode PathNode "
-            "StringNode UnionNode"
+            "AnyNode BooleanNode BytesNode EnumNode FloatNode IntegerNode InterpolationResultNode "
+            "PathNode StringNode UnionNode"
         ).split()
     },
     "omegaconf.base.Metadata": Inert,
@@ -184,8 +185,8 @@ _STAND_INS: dict[str, Callable[..., Any]] = {
 def _stand_in(name: str) -> Callable[..., Any] | None:
     """The stand-in for a full name, or None when it is not on the list.
 
-    fairseq's own classes (dataclass configs, enums, meters) are allowed as a family: their stand-ins only hold
-    values, and fairseq itself is not imported.
+    fairseq's own classes (dataclass configs, enums, meters) are allowed as a family: their
+    stand-ins only hold values, and fairseq itself is not imported.
     """
     found = _STAND_INS.get(name)
     if found is None and name.startswith("fairseq.") and name.replace(".", "").isidentifier():
@@ -195,19 +196,21 @@ def _stand_in(name: str) -> Callable[..., Any] | None:
     return found
 
 
-def allow_list(names: set[str], path: str | Path) -> list[tuple[Callable[..., Any], str]]:
+def allow_list(
+    names: set[str], path: str | Path
+) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """Stand-ins for the names in a file, in the form `torch.serialization.safe_globals` takes.
 
     Raises:
         CheckpointError: a name is not on the list; nothing was loaded.
     """
-    allowed = []
+    allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = []
     for name in sorted(names):
         stand_in = _stand_in(name)
         if stand_in is None:
             raise CheckpointError(
-                f"{path}: refers to {name}, which is not a plain value a checkpoint may hold: not loaded, and "
-                "nothing was executed"
+                f"{path}: refers to {name}, which is not a plain value a checkpoint may hold: not "
+                "loaded, and nothing was executed"
             )
         allowed.append((stand_in, name))
     return allowed
@@ -216,8 +219,8 @@ def allow_list(names: set[str], path: str | Path) -> list[tuple[Callable[..., An
 def names_in(path: str | Path) -> set[str]:
     """Every class or function a checkpoint's pickle names, beyond those torch itself allows.
 
-    Only the instructions are read; nothing is built. Should a name escape this scan, torch's unpickler refuses
-    it all the same: it builds nothing that was not listed.
+    Only the instructions are read; nothing is built. Should a name escape this scan, torch's
+    unpickler refuses it all the same: it builds nothing that was not listed.
     """
     names: set[str] = set()
     with open(path, "rb") as f:
@@ -253,7 +256,7 @@ def _key(key: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Loaded values with every stand-in replaced by what it stood for; tensors are kept as they are.
+    """Replace every stand-in by what it stood for; tensors are kept as they are.
 
     Raises:
         ValueError: a value that has no plain form.

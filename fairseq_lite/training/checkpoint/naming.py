@@ -1,8 +1,9 @@
 """Which files a save writes and which older ones it removes: pure functions over names.
 
-The names, their order and the patterns of retention are fairseq's, so that scripts made for its folders work on
-ours. One rule differs: `--keep-best-checkpoints K` writes every validated checkpoint until K of them exist.
-fairseq skips one that is worse than the worst kept so far even then, and ends with fewer than K.
+The names, their order and the patterns of retention are fairseq's, so that scripts made for its
+folders work on ours. One rule differs: `--keep-best-checkpoints K` writes every validated
+checkpoint until K of them exist. fairseq skips one that is worse than the worst kept so far even
+then, and ends with fewer than K.
 """
 
 from __future__ import annotations
@@ -147,11 +148,3 @@ def _sorted(names: Iterable[str], pattern: str) -> Sequence[tuple[float, str]]:
         if match:
             found.append((float(match.group(1)), name))
     return sorted(found, reverse=True)
-
-
-def paths_to_try(path: str, suffix: str = "", shard_count: int = 1) -> list[str]:
-    """The files `--path`/`--restore-file` FILE.pt stands for, with `--checkpoint-suffix` and `-shard-count`."""
-    if shard_count > 1:
-        stem = path.removesuffix(".pt")
-        return [f"{stem}_part{i}.pt" for i in range(shard_count)]
-    return [with_suffix(path, suffix)]

@@ -1,10 +1,11 @@
 """One file in, one file out: atomic writes, safe reads.
 
-A write goes to `NAME.tmp` in the same folder, is flushed to the disk and renamed over NAME, and the folder is
-flushed too. Whatever ends the process or fills the disk on the way, the previous NAME is still whole.
+A write goes to `NAME.tmp` in the same folder, is flushed to the disk and renamed over NAME, and
+the folder is flushed too. Whatever ends the process or fills the disk on the way, the previous
+NAME is still whole.
 
-A read uses torch's `weights_only` unpickler, always; what real fairseq files need beyond that goes through
-`legacy`'s list of inert stand-ins.
+A read uses torch's `weights_only` unpickler, always; what real fairseq files need beyond that goes
+through `legacy`'s list of inert stand-ins.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _CHUNK = 1 << 22
 
 
 class _Recorder:
-    """A binary file that remembers its first OSError: torch's writer hides the cause behind its own."""
+    """A binary file that remembers its first OSError, which torch's writer hides."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -72,8 +73,8 @@ def save(path: str | Path, state: Mapping[str, Any]) -> None:
 def copy(source: str | Path, target: str | Path) -> None:
     """Make `target` a byte-identical copy of `source`, atomically.
 
-    A real copy, as fairseq makes: with a hard link a tool that rewrites `checkpoint_best.pt` in place would
-    change every other name of the same file too.
+    A real copy, as fairseq makes: with a hard link a tool that rewrites `checkpoint_best.pt` in
+    place would change every other name of the same file too.
 
     Raises:
         CheckpointError: it could not be written; the previous `target` is untouched.
@@ -96,7 +97,7 @@ def save_bytes(path: str | Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends well, and leaves no trace otherwise."""
+    """A file that replaces `path` when the block ends well, and leaves no trace otherwise."""
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         with open(temporary, "wb") as file:
@@ -117,7 +118,7 @@ def _cannot_write(path: Path, error: OSError) -> str:
     why = error.strerror or str(error)
     advice = ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        advice = "; free some space, or keep fewer checkpoints (--keep-last-epochs, --no-epoch-checkpoints)"
+        advice = "; free some space, or keep fewer (--keep-last-epochs, --no-epoch-checkpoints)"
     elif error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         advice = "; choose another --save-dir"
     kept = "; the previous file of this name is intact" if path.exists() else ""
@@ -151,8 +152,8 @@ def check_writable(folder: str | Path) -> None:
             probe.flush()
     except OSError as e:
         raise CheckpointError(
-            f"--save-dir {folder}: checkpoints cannot be written there: {e.strerror or e}; choose another folder, "
-            "or --no-save"
+            f"--save-dir {folder}: checkpoints cannot be written there: {e.strerror or e}; "
+            "choose another folder, or --no-save"
         ) from e
 
 
@@ -168,14 +169,15 @@ def load(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
 
     Args:
         path: the file.
-        verify: compare every stored part with its checksum first, so that a damaged file is never trained on.
+        verify: compare every stored part with its checksum first, so that a damaged file is never
+            trained on.
 
     Returns:
         The stored mapping; tensors, and plain Python values for everything else.
 
     Raises:
-        CheckpointError: no such file; cut short or damaged; it names something that is not a plain value; or it is
-            not a checkpoint.
+        CheckpointError: no such file; cut short or damaged; it names something that is not a plain
+            value; or it is not a checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -197,11 +199,13 @@ def load(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     # Whatever a damaged file makes torch's reader trip over, the user's answer is the same.
     except Exception as e:
         raise CheckpointError(
-            f"{path}: cannot be read as a checkpoint: it is cut short, damaged or another kind of file "
-            f"({_first_line(e)})"
+            f"{path}: cannot be read as a checkpoint: it is cut short, damaged or another kind "
+            f"of file ({_first_line(e)})"
         ) from e
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: holds a {type(state).__name__}; expected a checkpoint's mapping")
+        raise CheckpointError(
+            f"{path}: holds a {type(state).__name__}; expected a checkpoint's mapping"
+        )
     return cast("dict[str, Any]", state)
 
 
@@ -266,7 +270,7 @@ class _ToCpu:
         storage = tensor.untyped_storage()
         key = (tensor.device, storage.data_ptr())
         if key not in self._storages:
-            moved = storage.cpu()
+            moved = storage.cpu()  # type: ignore[no-untyped-call]
             self._storages[key] = moved.clone() if moved.data_ptr() == storage.data_ptr() else moved
         result = torch.empty(0, dtype=tensor.dtype)
         return result.set_(self._storages[key], 0, tensor.size(), tensor.stride())

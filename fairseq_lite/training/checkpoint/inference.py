@@ -1,0 +1,201 @@
+"""From `--path a.pt:b.pt` to models: what generation, validation and the Python API load."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fairseq_lite.config.core import Choice, RunConfig
+from fairseq_lite.errors import CheckpointError, ConfigError, DataError
+from fairseq_lite.models.api import Model
+from fairseq_lite.registry import Registry
+from fairseq_lite.tasks.api import Task, build_task
+from fairseq_lite.training.checkpoint import bundle, convert, naming, parts, store
+from fairseq_lite.training.checkpoint.convert import SavedConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Ensemble:
+    """Models that were loaded together.
+
+    Attributes:
+        models: in evaluation mode, on the CPU.
+        task: the task they were built for.
+        configs: what each checkpoint says about its run; `bpe` and `tokenizer` fields that named a
+            file point to the copy the checkpoint carries.
+        criterion_states: the criterion's parameters of each, where it has any.
+        folder: where the files of the first checkpoint are unpacked, or None; it lives as long as
+            this object.
+    """
+
+    models: list[Model]
+    task: Task
+    configs: list[SavedConfig]
+    criterion_states: list[Mapping[str, Any] | None] = dataclasses.field(default_factory=list)
+    folder: tempfile.TemporaryDirectory[str] | None = None
+
+
+def split_paths(paths: str) -> list[str]:
+    """`a.pt:b.pt` as a list."""
+    return [path for path in paths.split(":") if path]
+
+
+def load_models(
+    paths: str | Sequence[str],
+    registries: Mapping[str, Registry],
+    *,
+    task: Task | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    suffix: str = "",
+    shard_count: int = 1,
+) -> Ensemble:
+    """Load the models of `--path`.
+
+    Args:
+        paths: files, as a list or separated by colons.
+        registries: section -> registry.
+        task: the task with its dictionaries; None: taken from the first checkpoint, dictionaries
+            included.
+        overrides: `--model-overrides`.
+        suffix: `--checkpoint-suffix`.
+        shard_count: `--checkpoint-shard-count`.
+
+    Raises:
+        CheckpointError: one line that names the file and what does not fit.
+        ConfigError: no path, or an override that names no field.
+    """
+    names = split_paths(paths) if isinstance(paths, str) else [str(path) for path in paths]
+    if not names:
+        raise ConfigError(
+            "--path is needed: the checkpoint to load, for example checkpoint_best.pt"
+        )
+    ensemble: Ensemble | None = None
+    for name in names:
+        path = _existing(name, suffix, shard_count)
+        state = convert.upgraded_state(store.load(path), path)
+        config = convert.saved_config(state, path, registries, overrides)
+        if ensemble is None:
+            config, folder = _with_files(config, state)
+            task = task if task is not None else _task_of(config, folder)
+            task.load_state_dict(state.get("task_state") or {})
+            ensemble = Ensemble([], task, [], folder=folder)
+        ensemble.models.append(_build(config, ensemble.task, parts.model_of(state, path)))
+        ensemble.configs.append(config)
+        ensemble.criterion_states.append(state.get("criterion"))
+    assert ensemble is not None
+    return ensemble
+
+
+def saved_config(
+    path: str | Path,
+    registries: Mapping[str, Registry],
+    overrides: Mapping[str, Any] | None = None,
+) -> SavedConfig:
+    """A checkpoint's configuration alone."""
+    return convert.saved_config(store.load(path, verify=False), path, registries, overrides)
+
+
+def _existing(name: str, suffix: str, shard_count: int) -> Path:
+    if shard_count > 1:
+        raise ConfigError(
+            "--checkpoint-shard-count: models cut into parts are not read yet; join them with "
+            "fairseq's own tools first"
+        )
+    path = Path(naming.with_suffix(name, suffix))
+    if path.is_dir():
+        inside = [
+            each for each in (naming.BEST, naming.LAST, "model.pt") if (path / each).is_file()
+        ]
+        hint = f"; did you mean {path / inside[0]}?" if inside else ""
+        raise CheckpointError(f"--path {path}: is a folder{hint}")
+    found = parts.part_files(path)
+    if not found:
+        raise CheckpointError(f"--path {path}: no such checkpoint")
+    if not path.is_file():
+        raise CheckpointError(
+            f"--path {path}: exists only as the parts {', '.join(found)}: consolidate them first"
+        )
+    return path
+
+
+def _with_files(
+    config: SavedConfig, state: Mapping[str, Any]
+) -> tuple[SavedConfig, tempfile.TemporaryDirectory[str] | None]:
+    """Unpack what travels in the checkpoint, and point the entries to it."""
+    files = bundle.read(state, config.path)
+    if not files.files:
+        return config, None
+    folder = bundle.unpack(files)
+    bpe, tokenizer = (
+        bundle.repoint(choice, section, files, Path(folder.name))
+        for section, choice in (("bpe", config.bpe), ("tokenizer", config.tokenizer))
+    )
+    return dataclasses.replace(config, bpe=bpe, tokenizer=tokenizer), folder
+
+
+def _task_of(config: SavedConfig, folder: tempfile.TemporaryDirectory[str] | None) -> Task:
+    """The task a checkpoint was trained for, its dictionaries from wherever they can be found.
+
+    In the checkpoint itself, beside it (as fairseq's own archives have them), or in the data
+    folder of the run.
+    """
+    if config.task.name is None:
+        stored = (config.cfg.get("task") or {}).get("_name")
+        raise CheckpointError(
+            f"{config.path}: was trained for --task {stored}, which is not built here"
+        )
+    run = config.run()
+    if any(field.name == "data" for field in dataclasses.fields(config.task.config)):
+        beside = config.path.parent if any(config.path.parent.glob("dict*.txt")) else None
+        data = folder.name if folder is not None else str(beside) if beside else None
+        if data is not None:
+            run = with_data(run, data)
+    try:
+        return build_task(run)
+    except DataError as e:
+        raise CheckpointError(
+            f"{config.path}: carries no dictionaries and they are not beside it: put "
+            f"the dict.*.txt of its data folder there ({e})"
+        ) from e
+
+
+def with_data(run: RunConfig, data: str) -> RunConfig:
+    """The run with its task's data folder replaced."""
+    task = Choice(run.task.name, dataclasses.replace(run.task.config, data=data))
+    return dataclasses.replace(run, task=task)
+
+
+def _build(config: SavedConfig, task: Task, weights: Mapping[str, Tensor]) -> Model:
+    _check_vocabulary(config.path, task, weights)
+    model = task.build_model(config.model)
+    try:
+        model.load_weights(weights)
+    except CheckpointError as e:
+        raise CheckpointError(f"{config.path}: {e}") from e
+    model.eval()
+    return model
+
+
+def _check_vocabulary(path: Path, task: Task, weights: Mapping[str, Tensor]) -> None:
+    """Name a dictionary that is not the one of training, before shapes clash somewhere deep."""
+    for side, what, dictionary in (
+        ("encoder", "source", task.source_dictionary),
+        ("decoder", "target", task.target_dictionary),
+    ):
+        table = weights.get(f"{side}.embed_tokens.weight")
+        if table is None or dictionary is None or table.dim() != 2:
+            continue
+        if table.shape[0] != len(dictionary):
+            raise CheckpointError(
+                f"{path}: was trained with {table.shape[0]} {what} symbols, the {what} "
+                f"dictionary of this data folder has {len(dictionary)}: use the dict.*.txt it was "
+                "trained with"
+            )
