@@ -18,8 +18,10 @@ from torch import Tensor
 from fairseq_lite.config.core import Choice, RunConfig
 from fairseq_lite.criteria.api import CRITERIA, Criterion
 from fairseq_lite.data.dictionary import Dictionary
+from fairseq_lite.data.iterators import EpochBatchIterator
 from fairseq_lite.errors import ConfigError, DataError
 from fairseq_lite.models.api import ARCHITECTURES, Model
+from fairseq_lite.parallel.world import World
 from fairseq_lite.registry import Registry
 
 if TYPE_CHECKING:
@@ -34,6 +36,25 @@ Sample = dict[str, Any]
 # divided by, and sums to be added up over batches and ranks before anything is averaged.
 StepOutput = tuple[Tensor, float, dict[str, Any]]
 MaxPositions = int | tuple[int | None, ...] | None
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """How large a batch may be, and which examples are too long.
+
+    Attributes:
+        max_tokens: tokens in a batch, padding included.
+        max_sentences: examples in a batch.
+        required_multiple: batch sizes are below this or a multiple of it.
+        max_positions: the longest example, one number or one a side.
+        skip_invalid: leave out longer ones instead of stopping.
+    """
+
+    max_tokens: int | None = None
+    max_sentences: int | None = None
+    required_multiple: int = 8
+    max_positions: MaxPositions = None
+    skip_invalid: bool = False
 
 
 class Task(ABC):
@@ -108,6 +129,45 @@ class Task(ABC):
         """The longest source and target this task allows."""
         return None
 
+    def batch_iterator(
+        self,
+        split: str,
+        limits: BatchLimits,
+        *,
+        world: World,
+        seed: int,
+        epoch: int = 1,
+        num_workers: int = 0,
+    ) -> EpochBatchIterator:
+        """Batches of a loaded split, epoch after epoch, shared out over the ranks of `world`.
+
+        Batches are made once, from the seed alone: a resumed run has those of the uninterrupted
+        one. Their order changes with the epoch.
+
+        Raises:
+            DataError: an example is too long, and is not to be left out.
+        """
+        dataset = self.dataset(split)
+        batches = dataset.batches(
+            max_tokens=limits.max_tokens,
+            max_sentences=limits.max_sentences,
+            required_multiple=limits.required_multiple,
+            max_positions=limits.max_positions,
+            skip_invalid=limits.skip_invalid,
+            seed=seed,
+            name=split,
+        )
+        return EpochBatchIterator(
+            dataset,
+            batches,
+            seed=seed,
+            world_size=world.size,
+            rank=world.rank,
+            num_workers=num_workers,
+            epoch=epoch,
+            pin_memory=world.device.type == "cuda",
+        )
+
     # -- models and losses ----------------------------------------------------------------------
 
     def build_model(self, choice: Choice) -> Model:
@@ -120,7 +180,9 @@ class Task(ABC):
     def build_criterion(self, choice: Choice, sentence_avg: bool) -> Criterion:
         """Build the loss `choice` names."""
         if choice.name is None:
-            raise ConfigError("no criterion: add --criterion, for example --criterion cross_entropy")
+            raise ConfigError(
+                "no criterion: add --criterion, for example --criterion cross_entropy"
+            )
         entry = CRITERIA.get(choice.name)
         criterion: Criterion = entry.factory(choice.config, self, sentence_avg=sentence_avg)
         return criterion

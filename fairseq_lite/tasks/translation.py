@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_lite.config.core import GenerationConfig, RunConfig
-from fairseq_lite.config.flags import coerce, flag
+from fairseq_lite.config.flags import flag
+from fairseq_lite.config.serial import section_from_plain
 from fairseq_lite.criteria.api import Criterion
 from fairseq_lite.data.dictionary import Dictionary
 from fairseq_lite.data.indexed import (
@@ -21,8 +22,13 @@ from fairseq_lite.data.indexed import (
     open_dataset,
 )
 from fairseq_lite.data.pairs import PairDataset
+from fairseq_lite.data.text.api import TOKENIZERS
 from fairseq_lite.errors import ConfigError, DataError
+from fairseq_lite.generation.evaluate import PieceWatch, Texts, hypotheses_and_references
+from fairseq_lite.generation.generator import SequenceGenerator
+from fairseq_lite.generation.reference import ReferenceScorer
 from fairseq_lite.models.api import Model
+from fairseq_lite.scoring.standard import bleu_of_sums, bleu_sums
 from fairseq_lite.tasks.api import TASKS, Sample, StepOutput, Task
 
 logger = logging.getLogger(__name__)
@@ -89,6 +95,7 @@ class TranslationTask(Task):
         super().__init__(cfg, run)
         self._source, self._target = source_dictionary, target_dictionary
         self.source_lang, self.target_lang = str(cfg.source_lang), str(cfg.target_lang)
+        self._bleu = BleuInValidation(self) if cfg.eval_bleu else None
 
     @classmethod
     def setup(cls, cfg: TranslationConfig, run: RunConfig) -> TranslationTask:
@@ -205,11 +212,82 @@ class TranslationTask(Task):
         found = itertools.takewhile(self.has_split, part_names("valid"))
         return [split for split in found if split not in used]
 
+    # -- translating ----------------------------------------------------------------------------
+
+    def build_generator(
+        self, models: Sequence[Model], generation: GenerationConfig
+    ) -> SequenceGenerator | ReferenceScorer:
+        """Beam search or another strategy; with --score-reference, what scores references."""
+        if generation.score_reference:
+            return ReferenceScorer(models, self._target)
+        return SequenceGenerator(models, self._target, generation, seed=self.run.common.seed)
+
+    def begin_validation(self, split: str, model: Model) -> None:
+        """Make the generator of --eval-bleu."""
+        if self._bleu is not None:
+            self._bleu.begin(model)
+
+    def valid_step(self, sample: Sample, model: Model, criterion: Criterion) -> StepOutput:
+        """The loss, and with --eval-bleu the counts of BLEU."""
+        loss, size, sums = super().valid_step(sample, model, criterion)
+        if self._bleu is not None:
+            sums = {**sums, **self._bleu.sums(sample)}
+        return loss, size, sums
+
+    def extra_metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """BLEU, where there are counts of it."""
+        if "_bleu_sys_len" not in sums:
+            return {}
+        return {"bleu": bleu_of_sums(sums)}
+
     def files(self) -> Mapping[str, Path]:
         """The two dictionaries."""
         first = Path(data_folders(self.cfg)[0])
         names = [f"dict.{lang}.txt" for lang in (self.source_lang, self.target_lang)]
         return {name: first / name for name in names}
+
+
+class BleuInValidation:
+    """`--eval-bleu`: translates validation batches by the path of flite-generate.
+
+    Raises:
+        ConfigError: settings of the generator or detokenizer that do not exist.
+    """
+
+    def __init__(self, task: TranslationTask) -> None:
+        cfg = task.cfg
+        self._task = task
+        self._settings: GenerationConfig = section_from_plain(
+            GenerationConfig, cfg.eval_bleu_args, "--eval-bleu-args"
+        )
+        entry = TOKENIZERS.get(cfg.eval_bleu_detok)
+        detokenizer = entry.factory(
+            section_from_plain(entry.config, cfg.eval_bleu_detok_args, "--eval-bleu-detok-args")
+        )
+        self._texts = Texts(
+            task.target_dictionary,
+            post_process=cfg.eval_bleu_remove_bpe,
+            decode=detokenizer.decode,
+        )
+        self._tokenize = "none" if cfg.eval_tokenized_bleu else "13a"
+        self._watch = PieceWatch("add --eval-bleu-remove-bpe")
+        self._generator: SequenceGenerator | ReferenceScorer | None = None
+
+    def begin(self, model: Model) -> None:
+        """Translate with `model` from now on."""
+        self._generator = self._task.build_generator([model], self._settings)
+
+    def sums(self, sample: Sample) -> dict[str, float]:
+        """The counts of BLEU of one batch."""
+        if self._generator is None:
+            raise RuntimeError("begin() comes before the first batch")
+        hypotheses, references = hypotheses_and_references(self._generator, sample, self._texts)
+        for reference, hypothesis in zip(references, hypotheses, strict=True):
+            self._watch.look(reference, hypothesis)
+        if self._task.cfg.eval_bleu_print_samples and hypotheses:
+            logger.info("example hypothesis: %s", hypotheses[0])
+            logger.info("example reference: %s", references[0])
+        return bleu_sums(hypotheses, references, tokenize=self._tokenize)
 
 
 def part_names(split: str) -> Iterator[str]:
@@ -253,7 +331,9 @@ def infer_languages(cfg: TranslationConfig, folder: Path) -> TranslationConfig:
     fitting = {
         pair
         for source, target in pairs
-        for pair in (((source, target),) if given == (None, None) else ((source, target), (target, source)))
+        for pair in (
+            ((source, target),) if given == (None, None) else ((source, target), (target, source))
+        )
         if all(g is None or g == p for g, p in zip(given, pair, strict=True))
     }
     if len(fitting) != 1:

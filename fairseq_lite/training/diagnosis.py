@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fairseq_lite.errors import TrainingError
 from fairseq_lite.tasks.api import Sample
 
 _IDS_SHOWN = 10
@@ -81,3 +83,19 @@ def first_nonfinite(model: nn.Module, forward: Callable[[], Any]) -> str | None:
         if not torch.isfinite(parameter).all():
             return f"the weight {name}"
     return found[0] if found else None
+
+
+@contextmanager
+def explaining_failure(rank: int, sample: Sample | None) -> Iterator[None]:
+    """Turn a lack of memory into an error that names the rank and the batch.
+
+    Raises:
+        TrainingError: the device is out of memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"rank {rank}: out of memory on {describe_batch(sample)}: lower --max-tokens or "
+            f"--batch-size ({str(error).splitlines()[0]})"
+        ) from error

@@ -8,9 +8,7 @@ losses are sums, gradients are sums, and both are divided once, by the sample si
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -27,7 +25,7 @@ from fairseq_lite.optim.precision import Precision
 from fairseq_lite.parallel.api import Backend
 from fairseq_lite.parallel.world import World
 from fairseq_lite.tasks.api import Sample, Task, to_device
-from fairseq_lite.training.diagnosis import describe_batch, first_nonfinite
+from fairseq_lite.training.diagnosis import describe_batch, explaining_failure, first_nonfinite
 from fairseq_lite.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -40,22 +38,18 @@ class Update:
     Attributes:
         sums: the criterion's sums ("loss", "ntokens", "nsentences", "sample_size", …).
         grad_norm: norm of the averaged gradient, before clipping.
-        clipped: whether it was longer than --clip-norm.
         lr: the learning rate set for the next update.
         loss_scale: of fp16, else None.
-        seconds: what the update took.
     """
 
     sums: Mapping[str, float]
     grad_norm: float
-    clipped: bool
     lr: float
     loss_scale: float | None
-    seconds: float
 
 
 class Trainer:
-    """Makes updates and validation steps; keeps no files, formats nothing.
+    """Makes updates; keeps no files, formats nothing.
 
     Args:
         cfg: the optimization section.
@@ -69,6 +63,10 @@ class Trainer:
         schedule: the learning rate as a function of updates and epoch.
         precision: how numbers are represented.
         state: the counters.
+
+    Attributes:
+        dummy_batch: what a rank computes on, with weight zero, when it has no data.
+        stop_requested: whether a rank was asked to end (`request_stop`), known to all of them.
     """
 
     def __init__(
@@ -97,7 +95,9 @@ class Trainer:
         self.schedule = schedule
         self.precision = precision
         self.state = state
-        self._dummy: Sample | None = None
+        self.dummy_batch: Sample = {}
+        self.stop_requested = False
+        self._stop_asked = False
 
     # -- one update -----------------------------------------------------------------------------
 
@@ -114,7 +114,6 @@ class Trainer:
         Raises:
             TrainingError: a loss or gradient that is not finite, or no memory left.
         """
-        start = time.perf_counter()
         self._seed_step()
         self.model.train()
         self.criterion.train()
@@ -126,25 +125,26 @@ class Trainer:
         return Update(
             sums=sums,
             grad_norm=norm,
-            clipped=0 < self.cfg.clip_norm < norm,
             lr=self.optimizer.get_lr(),
             loss_scale=self.precision.loss_scale,
-            seconds=time.perf_counter() - start,
         )
 
     def _update(self, batches: Sequence[Sample | None]) -> tuple[dict[str, float], float] | None:
         totals = self._accumulate(batches)  # forward, backward, local sums
+        totals["_stop"] = float(self._stop_asked)
         totals = self.world.sum(totals)  # one collective for loss, tokens, sentences
+        self.stop_requested = totals.pop("_stop") > 0  # any rank's wish is everyone's
         self.backend.reduce_gradients(self.model)
         # Sums, divided once by the sample size of all ranks: an average per rank or per micro-batch
         # would give the tokens of short batches more weight. The backend has divided by the number
         # of ranks already, and fp16 has multiplied by its loss scale.
-        scale = self.world.size / ((totals["sample_size"] or 1.0) * self.precision.loss_scale)
+        scale = self.world.size / (totals["sample_size"] or 1.0) * self.precision.unscale
         norm = self.backend.grad_norm(self.model)
         norm = float(self.optimizer.scale_and_clip(norm, scale, self.cfg.clip_norm))
         if not self.precision.finite(norm):  # the norm is global: every rank takes this branch,
             return self._back_off(batches, norm)  # or none does
         self.optimizer.step()
+        self.precision.succeeded()
         self.state.num_updates += 1
         self.schedule.apply(self.optimizer, self.state.num_updates, self.state.epoch)
         return totals, norm
@@ -152,12 +152,13 @@ class Trainer:
     def _accumulate(self, batches: Sequence[Sample | None]) -> dict[str, Any]:
         totals: dict[str, Any] = {}
         for i, batch in enumerate(batches):
-            with self._explaining_failure(batch), self.backend.accumulate(
-                self.model, last=i == len(batches) - 1
+            with (
+                explaining_failure(self.world.rank, batch),
+                self.backend.accumulate(self.model, last=i == len(batches) - 1),
             ):
                 loss, batch_sums = self._forward(batch)
                 self.backend.backward(self.model, self.precision.scale(loss))
-            _add(totals, batch_sums)
+            add_sums(totals, batch_sums)
         return totals
 
     def _forward(self, batch: Sample | None) -> tuple[Tensor, dict[str, Any]]:
@@ -169,50 +170,37 @@ class Trainer:
         with self.precision.autocast():
             loss, _, sums = self.task.train_step(sample, self.model, self.criterion)
         if batch is None:
-            return loss * 0.0, _zero(sums)
+            return loss * 0.0, zero_sums(sums)
         return loss, sums
 
     def _seed_step(self) -> None:
-        # Dropout depends on the update alone, so a resumed run draws what the uninterrupted one drew.
+        # Dropout depends on the update alone: a resumed run draws what an uninterrupted one draws.
         torch.manual_seed(self.seed + self.state.num_updates)
-
-    # -- validation -----------------------------------------------------------------------------
-
-    def valid_step(self, batch: Sample | None) -> dict[str, float]:
-        """The criterion's and the task's sums for one batch of every rank."""
-        self.model.eval()
-        self.criterion.eval()
-        sample = to_device(self.dummy_batch if batch is None else batch, self.world.device)
-        with torch.no_grad(), self._explaining_failure(batch), self.precision.autocast():
-            _, _, sums = self.task.valid_step(sample, self.model, self.criterion)
-        totals: dict[str, Any] = {}
-        _add(totals, sums if batch is not None else _zero(sums))
-        return self.world.sum(totals)
 
     # -- the learning rate and the epoch --------------------------------------------------------
 
-    def begin_epoch(self, epoch: int) -> float:
-        """Set the epoch; returns the learning rate it begins with."""
+    def begin_epoch(self, epoch: int, *, resumed: bool = False) -> float:
+        """Set the epoch; returns the learning rate.
+
+        Args:
+            epoch: its number, from 1.
+            resumed: whether this is the rest of an epoch that an earlier run began.
+        """
         logger.info("begin training epoch %d", epoch)
         self.state.epoch = epoch
         self.task.begin_epoch(epoch, self.model)
-        self.schedule.begin_epoch(epoch, self.optimizer.get_lr())
+        if not resumed:
+            self.schedule.begin_epoch(epoch, self.optimizer.get_lr())
         return self.schedule.apply(self.optimizer, self.state.num_updates, epoch)
 
-    @property
-    def dummy_batch(self) -> Sample:
-        """A batch for ranks without data.
+    def end_epoch(self, epoch: int, metric: float | None) -> None:
+        """Tell the schedule the validation metric; it may change the learning rate."""
+        self.schedule.observe(metric, self.state.num_updates)
+        self.schedule.apply(self.optimizer, self.state.num_updates, epoch)
 
-        Raises:
-            TrainingError: none was set, because no rank has any data.
-        """
-        if self._dummy is None:
-            raise TrainingError("there is no batch of data at all: the split is empty")
-        return self._dummy
-
-    @dummy_batch.setter
-    def dummy_batch(self, sample: Sample | None) -> None:
-        self._dummy = sample
+    def request_stop(self) -> None:
+        """Ask for an end after the update under way; may be called from a signal handler."""
+        self._stop_asked = True
 
     # -- what goes wrong ------------------------------------------------------------------------
 
@@ -242,18 +230,8 @@ class Trainer:
             f"update {self.state.num_updates + 1}: gradient norm {norm}: {why}. " + ". ".join(texts)
         ) from None
 
-    @contextmanager
-    def _explaining_failure(self, batch: Sample | None) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"rank {self.world.rank}: out of memory on {describe_batch(batch)}: lower "
-                f"--max-tokens or --batch-size ({str(error).splitlines()[0]})"
-            ) from error
 
-
-def _add(totals: dict[str, Any], sums: Mapping[str, Any]) -> None:
+def add_sums(totals: dict[str, Any], sums: Mapping[str, Any]) -> None:
     """Add a batch's sums to `totals`; tensors stay on the device, so nothing waits for it."""
     for key, value in sums.items():
         if isinstance(value, Tensor):
@@ -261,5 +239,6 @@ def _add(totals: dict[str, Any], sums: Mapping[str, Any]) -> None:
         totals[key] = totals[key] + value if key in totals else value
 
 
-def _zero(sums: Mapping[str, Any]) -> dict[str, Any]:
+def zero_sums(sums: Mapping[str, Any]) -> dict[str, Any]:
+    """The same keys with nothing in them: what a dummy batch counts for."""
     return {key: value * 0 for key, value in sums.items()}

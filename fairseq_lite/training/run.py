@@ -1,0 +1,476 @@
+"""`flite-train` from its configuration on: put the parts together, then epoch after epoch.
+
+`train` is what `parallel.launch` calls in every process.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from fairseq_lite.config.core import RunConfig
+from fairseq_lite.config.serial import to_plain
+from fairseq_lite.data.iterators import EpochBatchIterator, GroupedIterator
+from fairseq_lite.errors import ConfigError, TrainingError
+from fairseq_lite.optim.api import OPTIMIZERS, SCHEDULES
+from fairseq_lite.optim.precision import make_precision
+from fairseq_lite.parallel.api import BACKENDS
+from fairseq_lite.parallel.world import World
+from fairseq_lite.tasks.api import BatchLimits, Sample, build_task, resolve_max_positions
+from fairseq_lite.training.checkpoint.manager import CheckpointManager, Saving
+from fairseq_lite.training.decisions import decide
+from fairseq_lite.training.loggers import Progress, ProgressLogs, setup_logging
+from fairseq_lite.training.metrics import TrainMetrics, valid_report
+from fairseq_lite.training.state import EarlyStopping, TrainState, is_better
+from fairseq_lite.training.trainer import Trainer
+from fairseq_lite.training.validation import Validator, metrics_of
+
+logger = logging.getLogger(__name__)
+
+_GIB = 1024.0**3
+
+
+def train(run: RunConfig, world: World) -> None:
+    """Train as `run` says, as one process of `world`."""
+    setup_logging(run.common, is_main=world.is_main)
+    with TrainingRun(run, world) as training:
+        training.go()
+
+
+def check(run: RunConfig) -> None:
+    """Refuse what cannot work before any process is started.
+
+    Raises:
+        ConfigError: with the first reason.
+    """
+    if run.dataset.max_tokens is None and run.dataset.batch_size is None:
+        raise ConfigError("the size of a batch is missing: give --max-tokens or --batch-size")
+    if run.optimizer.name is None:
+        raise ConfigError("no optimizer: add --optimizer, for example --optimizer adam")
+    if run.dataset.disable_validation and run.checkpoint.patience > 0:
+        raise ConfigError("--patience needs validation: leave out --disable-validation")
+    BACKENDS.get(run.ddp_backend.name or "legacy_ddp").factory.check(run)
+
+
+class TrainingRun:
+    """A run of training: the parts, and the loop over epochs that drives them.
+
+    Args:
+        run: the configuration.
+        world: the group of processes.
+    """
+
+    def __init__(self, run: RunConfig, world: World) -> None:
+        self.run = run
+        self.world = world
+        check(run)
+        if world.is_main:
+            logger.info("%s", json.dumps(to_plain(run), ensure_ascii=False))
+        np.random.seed(run.common.seed)
+        torch.manual_seed(run.common.seed)
+        self.task = build_task(run)
+        self.trainer = self._build_trainer()
+        self.state = self.trainer.state
+        self.valid_subsets = self._load_valid_subsets()
+        self.metrics = TrainMetrics(metrics_of(self.task, self.trainer.criterion))
+        self.stopping = EarlyStopping(
+            run.checkpoint.patience, run.checkpoint.maximize_best_checkpoint_metric
+        )
+        self.validator = Validator(
+            world=world,
+            task=self.task,
+            model=self.trainer.model,
+            criterion=self.trainer.criterion,
+            precision=self.trainer.precision,
+        )
+        self.checkpoints = CheckpointManager(run, world, self.trainer.backend, self.task)
+        self.logs = ProgressLogs(run.common, is_main=world.is_main)
+        self._valid_iterators: dict[str, EpochBatchIterator] = {}
+        self._valid_dummies: dict[str, Sample] = {}
+
+    def __enter__(self) -> TrainingRun:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.logs.close()
+
+    # -- putting it together --------------------------------------------------------------------
+
+    def _build_trainer(self) -> Trainer:
+        run, world, task = self.run, self.world, self.task
+        backend = BACKENDS.get(run.ddp_backend.name or "legacy_ddp").factory(
+            run.ddp_backend.config, world
+        )
+        criterion = task.build_criterion(run.criterion, run.optimization.sentence_avg)
+        criterion.to(world.device)
+        model = backend.wrap(lambda: task.build_model(run.model))
+        logger.info("%s", model)
+        for label, thing in (("task", task), ("model", model), ("criterion", criterion)):
+            logger.info("%s: %s", label, type(thing).__name__)
+        _log_parameters(model)
+        params = [p for part in (model, criterion) for p in part.parameters() if p.requires_grad]
+        optimizer = OPTIMIZERS.get(str(run.optimizer.name)).factory(
+            params, run.optimizer.config, lr=run.optimization.lr[0]
+        )
+        logger.info("training on %d devices (%s)", world.size, world.device.type)
+        logger.info(
+            "max tokens per device = %s and max sentences per device = %s",
+            run.dataset.max_tokens,
+            run.dataset.batch_size,
+        )
+        return Trainer(
+            cfg=run.optimization,
+            seed=run.common.seed,
+            world=world,
+            backend=backend,
+            task=task,
+            model=model,
+            criterion=criterion,
+            optimizer=optimizer,
+            schedule=SCHEDULES.get(run.lr_scheduler.name or "fixed").factory(
+                run.lr_scheduler.config,
+                run.optimization,
+                maximize=run.checkpoint.maximize_best_checkpoint_metric,
+            ),
+            precision=make_precision(
+                run.common,
+                world.device,
+                update_freq=run.optimization.update_freq,
+                world_size=world.size,
+            ),
+            state=TrainState(),
+        )
+
+    def _load_valid_subsets(self) -> list[str]:
+        cfg = self.run.dataset
+        if cfg.disable_validation:
+            return []
+        if cfg.combine_valid_subsets:
+            self.task.load_dataset("valid", combine=True)
+            return ["valid"]
+        subsets = [name.strip() for name in cfg.valid_subset.split(",") if name.strip()]
+        unused = self.task.unused_valid_subsets(subsets)
+        if unused and not cfg.ignore_unused_valid_subsets:
+            raise ConfigError(
+                f"the data folder has valid splits that would not be used: {', '.join(unused)}; "
+                f"name them (--valid-subset {','.join([*subsets, *unused])}), join them "
+                "(--combine-valid-subsets) or leave them out (--ignore-unused-valid-subsets)"
+            )
+        for name in subsets:
+            self.task.load_dataset(name)
+        return subsets
+
+    # -- the epochs -----------------------------------------------------------------------------
+
+    def go(self) -> None:
+        """Train until a limit is reached."""
+        run = self.run
+        data = self._restore()
+        max_epoch = run.optimization.max_epoch or math.inf
+        with _signals_noticed(self.trainer):
+            while data.next_epoch_idx <= max_epoch:
+                lr = self.trainer.optimizer.get_lr()
+                if lr <= run.optimization.stop_min_lr:
+                    logger.info(
+                        "stopping training because current learning rate (%s) is smaller than or "
+                        "equal to minimum learning rate (--stop-min-lr=%s)",
+                        lr,
+                        run.optimization.stop_min_lr,
+                    )
+                    break
+                metric, stop = self._epoch(data)
+                if stop:
+                    break
+                self.trainer.end_epoch(data.epoch, metric)
+                data = self._next_epoch(data)
+        self.checkpoints.close()
+        logger.info("done training in %.1f seconds", self.state.run_time())
+
+    def _epoch(self, data: EpochBatchIterator) -> tuple[float | None, bool]:
+        """One pass over the training data, or what is left of it after a restart.
+
+        Returns:
+            The validation metric at its end, if there was a validation, and whether to stop.
+        """
+        optimization, trainer = self.run.optimization, self.trainer
+        steps = data.next_epoch_itr(shuffle=True)
+        per_epoch = optimization.update_freq
+        groups = GroupedIterator(
+            steps,
+            per_epoch[min(data.epoch, len(per_epoch)) - 1],
+            skip_remainder=optimization.skip_remainder_batch,
+        )
+        trainer.begin_epoch(data.epoch, resumed=groups.n > 0)
+        logger.info("Start iterating over samples")
+        metric, stop = None, False
+        with self.logs.begin(epoch=data.epoch, size=len(groups), offset=groups.n) as progress:
+            for batches in groups:
+                updated = self._update(data, batches, progress)
+                metric, stop = self._after_update(data, groups, updated)
+                if stop:
+                    break
+            logger.info("end of epoch %d (average epoch stats below)", data.epoch)
+            progress.summary(
+                self.metrics.report(self.metrics.epoch),
+                tag="train",
+                num_updates=self.state.num_updates,
+            )
+        self.metrics.epoch.reset()
+        return metric, stop
+
+    def _update(
+        self, data: EpochBatchIterator, batches: list[Sample | None], progress: Progress
+    ) -> bool:
+        """One update and its place in the log; False when it was skipped for an overflow."""
+        started = time.perf_counter()
+        try:
+            update = self.trainer.train_step(batches)
+        except TrainingError:
+            self.checkpoints.save_crash(self._saving(data, None, end_of_epoch=False))
+            raise
+        seconds = time.perf_counter() - started
+        progress.advance()
+        if update is None:
+            self.metrics.add_seconds(seconds)
+            return False
+        num_updates = self.state.num_updates
+        self.metrics.add(
+            update.sums,
+            grad_norm=update.grad_norm,
+            clip_norm=self.run.optimization.clip_norm,
+            num_updates=num_updates,
+            lr=update.lr,
+            seconds=seconds,
+            loss_scale=update.loss_scale,
+            gb_free=_gb_free(self.world.device),
+        )
+        if num_updates % self.run.common.log_interval == 0:
+            progress.log(
+                self.metrics.report(self.metrics.inner), tag="train_inner", num_updates=num_updates
+            )
+            self.metrics.inner.reset()
+        return True
+
+    def _after_update(
+        self, data: EpochBatchIterator, groups: GroupedIterator, updated: bool
+    ) -> tuple[float | None, bool]:
+        """Validate, save and stop when their time has come."""
+        end_of_epoch = not groups.has_next()
+        decision = decide(
+            self.run,
+            epoch=data.epoch,
+            num_updates=self.state.num_updates,
+            end_of_epoch=end_of_epoch,
+            hours=self.state.training_time() / 3600,
+            updated=updated,
+            signalled=self.trainer.stop_requested,
+        )
+        if decision.stop is not None:
+            logger.info(decision.stop)
+        metric = self._validate(data.epoch) if decision.validate else None
+        early = self.stopping.observe(metric)
+        if early:
+            logger.info(
+                "early stop since valid performance hasn't improved for last %d runs",
+                self.stopping.patience,
+            )
+        if decision.save or early:
+            self._save(data, metric, end_of_epoch)
+        return metric, decision.stop is not None or early
+
+    # -- validation -----------------------------------------------------------------------------
+
+    def _validate(self, epoch: int) -> float | None:
+        """Go through the valid subsets; returns the metric of the first, which counts."""
+        cfg = self.run.dataset
+        if cfg.fixed_validation_seed is not None:
+            torch.manual_seed(cfg.fixed_validation_seed)
+        metrics = []
+        for subset in self.valid_subsets:
+            logger.info('begin validation on "%s" subset', subset)
+            batches = self._valid_iterator(subset).next_epoch_itr(shuffle=False)
+            with self.logs.begin_validation(subset, epoch=epoch, size=len(batches)) as progress:
+                meters = self.validator.run(
+                    subset,
+                    batches,
+                    self._valid_dummies[subset],
+                    progress,
+                    max_steps=cfg.max_valid_steps,
+                )
+                metrics.append(self._metric(meters.values(), subset))
+                values = valid_report(
+                    meters,
+                    num_updates=self.state.num_updates,
+                    best=self._best_after(metrics[0]) if len(metrics) == 1 else None,
+                )
+                progress.summary(values, tag=subset, num_updates=self.state.num_updates)
+        return metrics[0] if metrics else None
+
+    def _metric(self, values: dict[str, float], subset: str) -> float:
+        name = self.run.checkpoint.best_checkpoint_metric
+        if name not in values:
+            raise ConfigError(
+                f"--best-checkpoint-metric {name}: validation on {subset!r} gives "
+                f"{', '.join(values)}" + ("; add --eval-bleu" if name == "bleu" else "")
+            )
+        return values[name]
+
+    def _best_after(self, value: float) -> tuple[str, float] | None:
+        """The best metric, this one included; not shown before the first save, as in fairseq."""
+        best, cfg = self.state.best, self.run.checkpoint
+        if best is None:
+            return None
+        better = is_better(value, best, cfg.maximize_best_checkpoint_metric)
+        return f"best_{cfg.best_checkpoint_metric}", value if better else best
+
+    # -- checkpoints ----------------------------------------------------------------------------
+
+    def _restore(self) -> EpochBatchIterator:
+        """Take over a checkpoint if there is one; returns the data from where it stopped."""
+        trainer, state = self.trainer, self.state
+        self.checkpoints.prepare()
+        restored = self.checkpoints.load(trainer.model, trainer.optimizer, trainer.criterion)
+        if restored is None:
+            data = self._train_iterator(1)
+        else:
+            state.num_updates, state.best = restored.num_updates, restored.best
+            state.previous_training_time = restored.previous_training_time
+            if restored.schedule is not None:
+                trainer.schedule.load_state_dict(restored.schedule)
+            if restored.metrics is not None:
+                self.metrics.load_state_dict(restored.metrics)
+            self._load_extra(restored.extra)
+            data = self._train_iterator(restored.epoch)
+            if restored.train_iterator is not None:
+                data.load_state_dict(restored.train_iterator)
+        state.epoch = data.epoch
+        trainer.schedule.apply(trainer.optimizer, state.num_updates, state.epoch)
+        return data
+
+    def _load_extra(self, extra: Mapping[str, Any]) -> None:
+        if "precision" in extra:
+            self.trainer.precision.load_state_dict(extra["precision"])
+        if "early_stopping" in extra and not self.run.checkpoint.reset_meters:
+            self.stopping.load_state_dict(extra["early_stopping"])
+
+    def _save(self, data: EpochBatchIterator, metric: float | None, end_of_epoch: bool) -> None:
+        self.checkpoints.save(self._saving(data, metric, end_of_epoch))
+        if metric is not None:
+            self.state.observe_best(metric, self.run.checkpoint.maximize_best_checkpoint_metric)
+
+    def _saving(self, data: EpochBatchIterator, metric: float | None, end_of_epoch: bool) -> Saving:
+        trainer, state = self.trainer, self.state
+        return Saving(
+            epoch=data.epoch,
+            updates=state.num_updates,
+            end_of_epoch=end_of_epoch,
+            val_loss=metric,
+            best=state.best,
+            model=trainer.model,
+            optimizer=trainer.optimizer,
+            criterion=trainer.criterion,
+            schedule=trainer.schedule,
+            train_iterator=data.state_dict(),
+            training_time=state.training_time(),
+            metrics=self.metrics.state_dict(),
+            extra={
+                "precision": trainer.precision.state_dict(),
+                "early_stopping": self.stopping.state_dict(),
+            },
+        )
+
+    # -- data -----------------------------------------------------------------------------------
+
+    def _train_iterator(self, epoch: int) -> EpochBatchIterator:
+        cfg = self.run.dataset
+        logger.info("loading train data for epoch %d", epoch)
+        self.task.load_dataset(cfg.train_subset, epoch=epoch, combine=True)
+        data = self.task.batch_iterator(
+            cfg.train_subset,
+            self._limits(cfg.max_tokens, cfg.batch_size, skip_invalid=True),
+            world=self.world,
+            seed=self.run.common.seed,
+            epoch=epoch,
+            num_workers=cfg.num_workers,
+        )
+        self.trainer.dummy_batch = data.first_batch()
+        return data
+
+    def _next_epoch(self, data: EpochBatchIterator) -> EpochBatchIterator:
+        if len(self.task.data_paths()) > 1:
+            return self._train_iterator(data.next_epoch_idx)
+        return data
+
+    def _valid_iterator(self, subset: str) -> EpochBatchIterator:
+        if subset not in self._valid_iterators:
+            cfg = self.run.dataset
+            self._valid_iterators[subset] = self.task.batch_iterator(
+                subset,
+                self._limits(
+                    cfg.max_tokens_valid or cfg.max_tokens,
+                    cfg.batch_size_valid or cfg.batch_size,
+                    skip_invalid=cfg.skip_invalid_size_inputs_valid_test,
+                ),
+                world=self.world,
+                seed=self.run.common.seed,
+                num_workers=cfg.num_workers,
+            )
+            self._valid_dummies[subset] = self._valid_iterators[subset].first_batch()
+        return self._valid_iterators[subset]
+
+    def _limits(
+        self, max_tokens: int | None, batch_size: int | None, *, skip_invalid: bool
+    ) -> BatchLimits:
+        return BatchLimits(
+            max_tokens=max_tokens,
+            max_sentences=batch_size,
+            required_multiple=self.run.dataset.required_batch_size_multiple,
+            max_positions=resolve_max_positions(
+                self.task.max_positions(), self.trainer.model.max_positions(), max_tokens
+            ),
+            skip_invalid=skip_invalid,
+        )
+
+
+def _log_parameters(model: torch.nn.Module) -> None:
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info("num. shared model params: %s (num. trained: %s)", f"{total:,}", f"{trained:,}")
+    logger.info("num. expert model params: 0 (num. trained: 0)")
+
+
+def _gb_free(device: torch.device) -> float | None:
+    """GPU memory that the last update left free at its peak; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    used = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return (torch.cuda.get_device_properties(device).total_memory - used) / _GIB
+
+
+@contextmanager
+def _signals_noticed(trainer: Trainer) -> Iterator[None]:
+    """SIGTERM and SIGUSR1 (a cluster's warning) end training after the update under way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def request(number: int, frame: Any) -> None:
+        trainer.request_stop()
+
+    old = {s: signal.signal(s, request) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

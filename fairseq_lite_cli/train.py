@@ -1,0 +1,23 @@
+"""flite-train: train a model on a data folder made by flite-preprocess."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from fairseq_lite.builtins import load_builtins
+from fairseq_lite.config.parse import parse
+from fairseq_lite.parallel.launch import launch
+from fairseq_lite.training.run import check, train
+from fairseq_lite_cli.entry import run_command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line, check it, start the processes."""
+    run = parse("flite-train", sys.argv[1:] if argv is None else argv, load_builtins())
+    check(run)
+    launch(train, run, setup=load_builtins)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("flite-train", main))
