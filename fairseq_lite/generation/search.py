@@ -154,14 +154,14 @@ class Sampling(Strategy):
         tokens: Tensor | None = None
         if self.topp > 0:
             logp, tokens = logp.sort(dim=-1, descending=True)
-            weights = logp.exp()
+            weights = _probabilities(logp)
             # The first word that takes the sum to p or beyond still belongs.
             weights = weights.masked_fill(weights.cumsum(-1) - weights >= self.topp, 0.0)
         elif self.topk > 0:
             logp, tokens = logp.topk(min(self.topk, v), dim=-1)
-            weights = logp.exp()
+            weights = _probabilities(logp)
         else:
-            weights = logp.exp()
+            weights = _probabilities(logp)
         drawn = self._draw(weights)[..., None]
         chosen = drawn if tokens is None else tokens.gather(-1, drawn)
         beams = torch.arange(k, device=logp.device).expand(b, k)
@@ -180,6 +180,11 @@ class Sampling(Strategy):
         points = (1.0 - numbers.to(weights.device)) * sums[..., -1]
         found = torch.searchsorted(sums, points[..., None]).squeeze(-1)
         return found.clamp_(max=weights.size(-1) - 1)
+
+
+def _probabilities(logp: Tensor) -> Tensor:
+    """Probabilities that sum to one even where forbidden tokens had most of it; zeros where none."""
+    return logp.softmax(dim=-1).nan_to_num_(nan=0.0)
 
 
 def repeated(prefixes: Tensor, n: int) -> tuple[Tensor, Tensor]:
