@@ -6,6 +6,7 @@ which `advance`, `log` and `summary` are called. Values come from `metrics`, in 
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -122,7 +123,7 @@ class WandB(Sink):
 
     def __init__(self, project: str, name: str) -> None:
         try:
-            import wandb
+            wandb: Any = importlib.import_module("wandb")
         except ImportError:
             raise MissingDependency("--wandb-project needs wandb: pip install wandb") from None
         self._run: Any = wandb.init(project=project, name=os.environ.get("WANDB_NAME", name))
