@@ -1,0 +1,1 @@
+"""Losses. `api` is the contract. Import the module you need."""

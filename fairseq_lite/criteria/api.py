@@ -1,8 +1,8 @@
 """What a criterion offers to the trainer.
 
-A criterion turns a batch into a loss that is *summed* over its tokens or sentences. The trainer sums the
-losses and sample sizes of all micro-batches and ranks and divides once: averaging per batch would weight
-short batches more.
+A criterion turns a batch into a loss that is *summed* over its tokens or sentences. The trainer
+sums the losses and sample sizes of all micro-batches and ranks and divides once: averaging per
+batch would weight short batches more.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Criterion(nn.Module):
         """The loss of a batch.
 
         Returns:
-            The summed loss (with gradient), the sample size it is to be divided by, and sums to log:
-            always loss, ntokens, nsentences and sample_size, plus the criterion's own. Losses are
-            natural logarithms.
+            The summed loss (with gradient), the sample size it is to be divided by, and sums to
+            log: always loss, ntokens, nsentences and sample_size, plus the criterion's own. Losses
+            are natural logarithms.
         """
         raise NotImplementedError
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fairseq_lite.config.flags import flag
@@ -53,15 +54,23 @@ def token_loss(
     """
     fused = model.output_weight is not None
     net_output = model(**sample["net_input"], **({"features_only": True} if fused else {}))
-    target = model.get_targets(sample, net_output)
-    scores = net_output[0]
-    if skip:
-        scores, target = scores[:, skip:], target[:, skip:]
-    scores, target = scores.flatten(0, 1), target.flatten()
-    if fused:
-        weight = model.output_weight
+    # Taken after the forward pass, which is when a sharded backend has it whole.
+    weight = model.output_weight
+    scores, target = net_output[0], model.get_targets(sample, net_output)
+    if weight is not None and _is_fp16(scores):
+        # The fused loss makes gradients before the loss scale is known, and small ones would
+        # vanish.
+        scores, weight = model.output_layer(scores), None
+    scores, target = scores[:, skip:].flatten(0, 1), target[:, skip:].flatten()
+    if weight is not None:
         return fused_smoothed_loss(scores, weight, target, epsilon, padding_idx, count_correct)
     return smoothed_loss(scores, target, epsilon, padding_idx, count_correct)
+
+
+def _is_fp16(x: Tensor) -> bool:
+    device = x.device.type
+    cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    return cast or x.dtype == torch.float16
 
 
 def _sums(loss: Tensor, sample: Mapping[str, Any], sample_size: int) -> Sums:

@@ -1,9 +1,9 @@
 """Output projection, log-softmax and (label-smoothed) loss in one pass over chunks of tokens.
 
 The plain path keeps logits, log-probabilities and their gradient for the whole batch, three times
-tokens x vocabulary numbers. Here a chunk's gradient is made right after its loss, while its logits are
-still at hand, so nothing of that size outlives the chunk (the idea of Liger and Apple's cut cross
-entropy). The price: gradients are computed in the forward pass whenever they will be needed.
+tokens x vocabulary numbers. Here a chunk's gradient is made right after its loss, while its logits
+are still at hand, so nothing of that size outlives the chunk (the idea of Liger and Apple's cut
+cross entropy). The price: gradients are computed in the forward pass whenever they will be needed.
 
 Axes: N tokens, V vocabulary, D width.
 """
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Numbers in one chunk of logits: 16 MB in fp32, around the size of a last-level cache.
-CHUNK_NUMBERS = 1 << 22
+# Logits in one chunk. Fewer chunks add up the gradient of the projection fewer times; 64 MB in
+# bf16.
+CHUNK_NUMBERS = 1 << 25
 
 
 class LossSums(NamedTuple):
@@ -38,8 +39,8 @@ class LossSums(NamedTuple):
 def smoothing_weights(epsilon: float, vocabulary: int) -> tuple[float, float]:
     """(weight of the target's nll, weight of the sum over the vocabulary of -log p).
 
-    fairseq spreads epsilon over the V - 1 *other* tokens: the target loses epsilon in all, the sum over
-    all V tokens gives epsilon/(V-1) back to it.
+    fairseq spreads epsilon over the V - 1 *other* tokens: the target loses epsilon in all, the sum
+    over all V tokens gives epsilon/(V-1) back to it.
     """
     share = epsilon / (vocabulary - 1)
     return 1.0 - epsilon - share, share
@@ -91,6 +92,11 @@ def fused_smoothed_loss(
         padding_idx: targets that do not count.
         count_correct: also count correct predictions.
     """
+    if features.device.type == "cpu":
+        # Padding costs as much as a token. On other devices finding it would wait for the device.
+        real = target.ne(padding_idx).nonzero()[:, 0]
+        if len(real) < len(target):
+            features, target = features.index_select(0, real), target.index_select(0, real)
     out: tuple[Tensor, Tensor, Tensor] = _Fused.apply(  # type: ignore[no-untyped-call]
         features, weight, target, epsilon, padding_idx, count_correct
     )
@@ -112,78 +118,102 @@ class _Fused(torch.autograd.Function):
         dtype = features.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        grad_features = torch.empty_like(features) if ctx.needs_input_grad[0] else None
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         with torch.autocast(device, enabled=False):
-            sums = _over_chunks(
-                features,
-                weight.to(dtype),
-                target,
-                (epsilon, padding_idx, count_correct),
-                grad_features,
-                grad_weight,
-            )
-        ctx.save_for_backward(grad_features, grad_weight)
-        ctx.weight_dtype = weight.dtype
+            work = _Chunks(weight.to(dtype), epsilon, padding_idx, count_correct)
+            sums, grads = work.run(features, target, (ctx.needs_input_grad[0:2]))
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = features.dtype, weight.dtype
         ctx.mark_non_differentiable(sums[1], sums[2])
         return sums
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scale = grads[0]
-        grad_features, grad_weight = ctx.saved_tensors
-        if grad_features is not None:
-            grad_features = grad_features * scale
-        if grad_weight is not None:
-            grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
-        return grad_features, grad_weight, None, None, None, None
+        made = (
+            None if grad is None else (grad * grads[0]).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (*made, None, None, None, None)
 
 
-def _over_chunks(
-    features: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    how: tuple[float, int, bool],
-    grad_features: Tensor | None,
-    grad_weight: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    epsilon, padding_idx, count_correct = how
-    on_target, on_all = smoothing_weights(epsilon, weight.size(0))
-    zero = torch.zeros((), dtype=torch.float32, device=features.device)
-    nll_sum, smooth_sum, correct = zero.clone(), zero.clone(), zero.clone()
-    rows = max(64, CHUNK_NUMBERS // weight.size(0))
-    count = math.ceil(features.size(0) / rows)
-    for x, y, slot in zip(
-        features.tensor_split(count),
-        target.tensor_split(count),
-        grad_features.tensor_split(count) if grad_features is not None else (None,) * count,
-        strict=True,
-    ):
-        x = x.to(weight.dtype)
-        logits = torch.mm(x, weight.t()).float()
-        lse = torch.logsumexp(logits, dim=-1)
-        real = y.ne(padding_idx)
+class _Chunks:
+    """The loss, chunk by chunk.
+
+    With weights a on the target and b on all V tokens, a + V b = 1, so the gradient of a token's
+    loss with respect to its logits is softmax - a [target] - b. The last term is the same for all
+    tokens and all logits: its part of the gradients, and of the loss, comes from sums over V and
+    over N, and never touches the logits.
+    """
+
+    def __init__(
+        self, weight: Tensor, epsilon: float, padding_idx: int, count_correct: bool
+    ) -> None:
+        self.weight = weight
+        self.padding_idx = padding_idx
+        self.count_correct = count_correct
+        self.on_target, self.on_all = smoothing_weights(epsilon, weight.size(0))
+        self.smooth = epsilon > 0
+        if not self.smooth:
+            self.on_target, self.on_all = 1.0, 0.0
+        self.sum_weight = weight.sum(dim=0, dtype=torch.float32)
+
+    def run(
+        self, features: Tensor, target: Tensor, needed: tuple[bool, bool]
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+        """The three sums, and the gradients of the first."""
+        rows = max(64, CHUNK_NUMBERS // self.weight.size(0))
+        count = max(1, math.ceil(features.size(0) / rows))
+        nll, lse_sum, correct = features.new_zeros(3, dtype=torch.float32).unbind()
+        grad_features = []
+        grad_weight = None
+        sum_features = torch.zeros_like(self.sum_weight)
+        for x, y in zip(features.tensor_split(count), target.tensor_split(count), strict=True):
+            x = x.to(self.weight.dtype)
+            real = y.ne(self.padding_idx)
+            grad, lse, at_target, hits = self._softmax(torch.mm(x, self.weight.t()), y)
+            nll = nll + ((lse - at_target) * real).sum()
+            lse_sum = lse_sum + (lse * real).sum()
+            correct = correct + (hits & real).sum()
+            if self.smooth:
+                sum_features += (x * real[:, None].to(x.dtype)).sum(dim=0, dtype=torch.float32)
+            if not any(needed):
+                continue
+            if x.device.type != "cpu":  # on a CPU padding was taken out before
+                grad.mul_(real[:, None])
+            if needed[0]:
+                grad_features.append(self._grad_features(grad, real))
+            if needed[1]:
+                part = torch.mm(grad.t(), x)
+                grad_weight = part if grad_weight is None else grad_weight.float().add_(part)
+        loss = nll
+        if self.smooth:
+            smooth = lse_sum * self.weight.size(0) - sum_features.dot(self.sum_weight)
+            loss = self.on_target * nll + self.on_all * smooth
+            if grad_weight is not None:
+                grad_weight.sub_((self.on_all * sum_features).to(grad_weight.dtype))
+        made = torch.cat(grad_features) if needed[0] else None
+        return (loss, nll.clone(), correct), (made, grad_weight)
+
+    def _softmax(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """softmax - a [target], log-sum-exp, the target's logit, and whether it is the greatest."""
         index = y[:, None]
-        nll_sum += ((lse - logits.gather(1, index)[:, 0]) * real).sum()
-        if epsilon > 0:
-            smooth_sum += ((lse * weight.size(0) - logits.sum(dim=-1)) * real).sum()
-        if count_correct:
-            correct += (logits.argmax(dim=-1).eq(y) & real).sum()
-        if slot is None and grad_weight is None:
-            continue
-        # d loss / d logits = (on_target + V on_all) softmax - on_target [target] - on_all, and the
-        # first factor is 1 for any smoothing; 0 on padding.
-        grad = logits.sub_(lse[:, None]).exp_()
-        grad.mul_(on_target + weight.size(0) * on_all)
-        if epsilon > 0:
-            grad.sub_(on_all)
-        grad.scatter_add_(1, index, grad.new_full((), -on_target).expand(index.shape))
-        grad = grad.mul_(real[:, None]).to(weight.dtype)
-        if slot is not None:
-            slot.copy_(torch.mm(grad, weight))
-        if grad_weight is not None:
-            grad_weight += torch.mm(grad.t(), x)
-    loss = on_target * nll_sum + on_all * smooth_sum if epsilon > 0 else nll_sum.clone()
-    return loss, nll_sum, correct
+        top = logits.amax(dim=-1)
+        at_target = logits.gather(1, index)[:, 0]
+        hits = at_target == top
+        if self.count_correct:
+            hits = logits.argmax(dim=-1) == y
+        # One kernel, fp32 inside. The greatest probability is the one known best, so the
+        # log-sum-exp is taken from it; in bf16 its rounding is far below that of the logits
+        # themselves.
+        probs = torch.softmax(logits, dim=-1)
+        lse = top.float() - probs.amax(dim=-1).float().log()
+        minus = (probs.gather(1, index)[:, 0].float() - self.on_target).to(probs.dtype)
+        # Not scatter_, which copies the whole chunk on a CPU.
+        probs.index_put_((torch.arange(len(y), device=y.device), y), minus)
+        return probs, lse, at_target.float(), hits
+
+    def _grad_features(self, grad: Tensor, real: Tensor) -> Tensor:
+        made = torch.mm(grad, self.weight)
+        if self.smooth:
+            share = (self.on_all * self.sum_weight).to(made.dtype)
+            made.sub_(share * real[:, None])
+        return made

@@ -1,0 +1,1 @@
+"""Architectures. `api` is the contract, `transformer` the model. Import the module you need."""

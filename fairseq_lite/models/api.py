@@ -1,13 +1,13 @@
 """What an architecture offers to criteria, generation, backends and checkpoints.
 
-An architecture is a `Model` subclass registered in `ARCHITECTURES` with the frozen dataclass its flags
-come from. Tensors are batch first everywhere: tokens (B, T), states (B, T, D).
+An architecture is a `Model` subclass registered in `ARCHITECTURES` with the frozen dataclass its
+flags come from. Tensors are batch first everywhere: tokens (B, T), states (B, T, D).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,19 @@ class ModelTask(Protocol):
     def max_positions(self) -> Any:
         """(longest source, longest target) in tokens."""
         ...
+
+
+@runtime_checkable
+class OwnedDropout(Protocol):
+    """A dropout module that `--retain-dropout-modules` can select.
+
+    Attributes:
+        owner: the class name it is selected by.
+        apply_during_inference: stay on in evaluation mode.
+    """
+
+    owner: str
+    apply_during_inference: bool
 
 
 class EncoderOut(NamedTuple):
@@ -132,8 +145,8 @@ class Model(nn.Module):
     def reset_parameters(self) -> None:
         """Draw fresh weights and rebuild computed buffers.
 
-        Every module with weights of its own has a `reset_parameters`, so a sharding backend may also
-        call them one by one.
+        Every module with weights of its own has a `reset_parameters`, so a sharding backend may
+        also call them one by one.
         """
         for module in self.modules():
             reset = getattr(module, "reset_parameters", None)
@@ -167,14 +180,15 @@ class Model(nn.Module):
                 raise CheckpointError(
                     f"the checkpoint {what} {names[0]}"
                     + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-                    + ": it was made with another architecture or other flags; give the flags it was"
-                    " trained with"
+                    + ": it was made with another architecture or other flags; give the flags it"
+                    " was trained with"
                 )
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
                 raise CheckpointError(
-                    f"{name} has shape {tuple(state[name].shape)} in the checkpoint and "
-                    f"{tuple(tensor.shape)} in the model: the dictionaries or the --*-dim flags differ"
+                    f"{name} has shape {tuple(state[name].shape)} in the checkpoint and"
+                    f" {tuple(tensor.shape)} in the model: the dictionaries or the --*-dim flags"
+                    " differ"
                 )
         self.load_state_dict(state)
 
@@ -184,8 +198,8 @@ class Model(nn.Module):
         Args:
             modules: class names of the modules concerned; None for all.
         """
-        from_base = None if modules is None else {m.removesuffix("Base") for m in modules}
+        # fairseq's class names may end in Base where ours do not.
+        wanted = None if modules is None else {m.removesuffix("Base") for m in modules}
         for module in self.modules():
-            owner = getattr(module, "owner", None)
-            if owner is not None and (from_base is None or owner in from_base):
+            if isinstance(module, OwnedDropout) and (wanted is None or module.owner in wanted):
                 module.apply_during_inference = True

@@ -17,9 +17,10 @@ from fairseq_lite.models.layers import XavierLinear
 
 Kernel = Literal["sdpa", "matmul"]
 
-# Below this many keys the backward pass of torch's fused CPU kernel in bf16 is slower than two plain
-# matrix products and a softmax: forward and backward took 47 ms against 23 at T=32, 74 against 33 at
-# T=128, and at T=512 the two were equal (1 thread, 4096 tokens, D=512). In fp32 it is never slower.
+# Below this many keys the backward pass of torch's fused CPU kernel in bf16 is slower than two
+# plain matrix products and a softmax: forward and backward took 47 ms against 23 at T=32, 74
+# against 33 at T=128, and at T=512 the two were equal (1 thread, 4096 tokens, D=512). In fp32 it is
+# never slower.
 _SHORT = 400
 
 

@@ -1,9 +1,9 @@
 """The flags of the transformer, and the shape of one stack of layers.
 
-`TransformerConfig` is what the user sets, field for field fairseq's. A decoder field left unset follows
-the encoder's, exactly where fairseq's does: embedding and inner widths, and the output width the
-decoder's own. `StackConfig` is what one stack is built from; an encoder, a decoder and a decoder-only
-model each derive theirs.
+`TransformerConfig` is what the user sets, field for field fairseq's. A decoder field left unset
+follows the encoder's, exactly where fairseq's does: embedding and inner widths, and the output
+width the decoder's own. `StackConfig` is what one stack is built from; an encoder, a decoder and a
+decoder-only model each derive theirs.
 """
 
 from __future__ import annotations
@@ -123,10 +123,24 @@ class TransformerConfig:
                 raise ConfigError(
                     f"--{side}-embed-dim {dim} is not divisible by --{side}-attention-heads {heads}"
                 )
-        for name in ("dropout", "attention_dropout", "activation_dropout"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
+        for flag_name, p in (
+            ("dropout", self.dropout),
+            ("attention-dropout", self.attention_dropout),
+            ("activation-dropout", self.activation_dropout),
+            ("encoder-layerdrop", self.encoder_layerdrop),
+            ("decoder-layerdrop", self.decoder_layerdrop),
+        ):
+            if not 0.0 <= p <= 1.0:
+                raise ConfigError(f"--{flag_name} {p}: expected a number from 0 to 1")
+        for flag_name, layers, keep in (
+            ("encoder-layers", self.encoder_layers, self.encoder_layers_to_keep),
+            ("decoder-layers", self.decoder_layers, self.decoder_layers_to_keep),
+        ):
+            if layers < 1:
+                raise ConfigError(f"--{flag_name} {layers}: expected at least 1")
+            if keep and min(keep) < 0:
                 raise ConfigError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)}: expected a number from 0 to 1"
+                    f"--{flag_name}-to-keep {','.join(map(str, keep))}: layers are numbered from 0"
                 )
         if self.share_all_embeddings and self.encoder_embed_dim != self.decoder_dim:
             raise ConfigError(

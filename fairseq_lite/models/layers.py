@@ -1,7 +1,7 @@
-"""Small parts that stacks are made of: weights with fairseq's initialisation, positions, activations.
+"""Small parts of a stack: weights with fairseq's initialisation, positions, activations.
 
-Each part draws its own weights in `reset_parameters`, so a model can be built on the meta device and
-filled in later, part by part.
+Each part draws its own weights in `reset_parameters`, so a model can be built on the meta device
+and filled in later, part by part.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ class LayerNorm(nn.LayerNorm):
 def to_compute_dtype(x: Tensor) -> Tensor:
     """Under bf16 autocast, `x` in bf16, so that states stay narrow between the matrix products too.
 
-    This is what fairseq's `--bf16` computes in; autocast alone would keep the residual stream in fp32
-    and cast it before each product.
+    This is what fairseq's `--bf16` computes in; autocast alone would keep the residual stream in
+    fp32 and cast it before each product.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
@@ -106,7 +106,7 @@ def to_compute_dtype(x: Tensor) -> Tensor:
 
 
 def positions_of(tokens: Tensor, padding_idx: int) -> Tensor:
-    """Position numbers (B, T): padding_idx + 1, + 2, … over the real tokens, padding_idx on padding."""
+    """Position numbers (B, T): padding_idx + 1, + 2, … over real tokens, padding_idx elsewhere."""
     real = tokens.ne(padding_idx)
     return real.cumsum(dim=1).mul_(real) + padding_idx
 
@@ -128,10 +128,11 @@ class LearnedPositions(nn.Embedding):
 
 
 class SinusoidalPositions(nn.Module):
-    """Sines then cosines of the position (Vaswani et al. 2017, section 3.5; tensor2tensor's layout).
+    """Sines then cosines of the position (Vaswani et al. 2017, section 3.5).
 
-    The first half of the width holds sines, the second cosines, of position * 10000^(-i / (D/2 - 1)).
-    The table is computed, so it is not part of a checkpoint; it grows when a longer input comes.
+    In tensor2tensor's layout: the first half of the width holds sines, the second cosines, of
+    position * 10000^(-i / (D/2 - 1)). The table is computed, so it is not part of a checkpoint; it
+    grows when a longer input comes.
     """
 
     weights: Tensor
@@ -158,7 +159,7 @@ class SinusoidalPositions(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         """(B, T) position numbers to (B, T, D)."""
-        # The greatest number possible follows from the shape: no look at the values, no device sync.
+        # The greatest number possible follows from the shape: nothing waits for the device.
         needed = positions.size(1) + self.padding_idx + 1
         if needed > self.weights.size(0):
             self.weights = self._table(needed, self.weights.device).to(self.weights.dtype)

@@ -193,7 +193,8 @@ class TransformerDecoder(_Stack):
             prev_output_tokens: (B, T).
             encoder_out: what the encoder returned; None for a language model.
             features_only: stop before the output projection.
-            need_alignment: put the cross-attention, averaged over heads, in extra["attn"] (B, T, S).
+            need_alignment: put the cross-attention, averaged over heads, in extra["attn"],
+                (B, T, S).
             alignment_layer: the layer it is taken from; the last when None.
 
         Returns:
@@ -219,8 +220,8 @@ class TransformerDecoder(_Stack):
     def _causal_bias(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
         """What hides the future, and whether it hides nothing else.
 
-        Padding at the end is the future of every real token and needs no hiding; padding on the left
-        does.
+        Padding at the end is the future of every real token and needs no hiding; padding on the
+        left does.
         """
         future = causal_blocked(tokens.size(1), tokens.device)
         if not bool(tokens[:, 0].eq(self.padding_idx).any()):
@@ -263,8 +264,8 @@ class TransformerModel(Model):
         if cfg.share_all_embeddings:
             if source != target:
                 raise ConfigError(
-                    "--share-all-embeddings needs one dictionary for both languages: preprocess with"
-                    " --joined-dictionary, or use --share-decoder-input-output-embed"
+                    "--share-all-embeddings needs one dictionary for both languages: preprocess"
+                    " with --joined-dictionary, or use --share-decoder-input-output-embed"
                 )
             embed_target = embed_source
         else:

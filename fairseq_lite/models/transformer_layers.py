@@ -1,8 +1,8 @@
 """The encoder's and the decoder's layer.
 
-A layer is two or three residual blocks. Each block normalises either its input (pre-norm) or the sum of
-its output and input (post-norm, the default). `feed_forward` is a block of its own, so that another
-kind of inner network, such as a mixture of experts, replaces one method.
+A layer is two or three residual blocks. Each block normalises either its input (pre-norm) or the
+sum of its output and input (post-norm, the default). `feed_forward` is a block of its own, so that
+another kind of inner network, such as a mixture of experts, replaces one method.
 """
 
 from __future__ import annotations
