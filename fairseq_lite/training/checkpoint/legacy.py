@@ -114,7 +114,8 @@ class _Array(Inert):
         _, shape, dtype, fortran, data = self.state
         if not isinstance(dtype, _DType):
             raise ValueError("a numpy array without a type")
-        flat = np.frombuffer(_as_bytes(data), dtype=dtype.numpy())
+        kind = dtype.numpy()  # refuses objects before anything looks at the data
+        flat = np.frombuffer(_as_bytes(data), dtype=kind)
         return flat.reshape(shape, order="F" if fortran else "C").tolist()
 
 
@@ -177,7 +178,7 @@ _STAND_INS: dict[str, Callable[..., Any]] = {
     **{f"typing.{n}": Inert for n in ("Any", "Dict", "List", "Optional", "Tuple", "Union")},
     **{
         f"builtins.{n}": Inert
-        for n in ("bool", "dict", "float", "int", "list", "object", "str", "tuple")
+        for n in ("bool", "dict", "float", "int", "list", "object", "str", "tuple", "type")
     },
 }
 

@@ -187,7 +187,7 @@ def load(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
             _verify(path)
         with torch.serialization.safe_globals(legacy.allow_list(legacy.names_in(path), path)):
             state = torch.load(path, map_location="cpu", weights_only=True)
-        state = legacy.plain(state)
+        return _as_mapping(path, state)
     except CheckpointError:
         raise
     except OSError as e:
@@ -202,6 +202,13 @@ def load(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
             f"{path}: cannot be read as a checkpoint: it is cut short, damaged or another kind "
             f"of file ({_first_line(e)})"
         ) from e
+
+
+def _as_mapping(path: Path, state: Any) -> dict[str, Any]:
+    try:
+        state = legacy.plain(state)
+    except ValueError as e:
+        raise CheckpointError(f"{path}: not loaded: it holds {e}") from e
     if not isinstance(state, dict):
         raise CheckpointError(
             f"{path}: holds a {type(state).__name__}; expected a checkpoint's mapping"
