@@ -111,7 +111,7 @@ def load_dictionary(value: str | None) -> dict[str, str] | None:
         return {}
     replacements = {}
     try:
-        lines = Path(value).read_text(encoding="utf-8").splitlines()
+        lines = Path(value).read_text(encoding="utf-8").rstrip("\n").split("\n")
     except OSError as e:
         raise DataError(f"--replace-unk {value}: cannot be read ({e.strerror})") from None
     for number, line in enumerate(lines, start=1):

@@ -183,7 +183,7 @@ class Sampling(Strategy):
 
 
 def _probabilities(logp: Tensor) -> Tensor:
-    """Probabilities that sum to one even where forbidden tokens had most of it; zeros where none."""
+    """Probabilities that sum to one, whatever forbidden tokens had; zeros where none is left."""
     return logp.softmax(dim=-1).nan_to_num_(nan=0.0)
 
 

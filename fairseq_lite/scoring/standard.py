@@ -61,10 +61,14 @@ class StandardScorer(Scorer):
 
     metric: BLEU | CHRF | TER
     name: ClassVar[str]
+    _known: tuple[int, Score] | None = None
 
     def result(self) -> Score:
         """What sacrebleu returns for the pairs so far."""
-        return self.metric.corpus_score(self.hypotheses, [self.references])
+        if self._known is None or self._known[0] != len(self):
+            found = self.metric.corpus_score(self.hypotheses, [self.references])
+            self._known = len(self), found
+        return self._known[1]
 
     def score(self) -> float:
         """The metric, 0 to 100 (TER may exceed it)."""
@@ -77,6 +81,12 @@ class StandardScorer(Scorer):
     @property
     def signature(self) -> str | None:
         """The signature the `sacrebleu` command prints."""
+        return self._signature()
+
+    def _signature(self) -> str | None:
+        if not len(self):
+            return None
+        self.result()  # sacrebleu knows the number of references only once it has seen them
         return str(self.metric.get_signature().format())
 
 
@@ -105,8 +115,8 @@ class SacrebleuScorer(StandardScorer):
     @property
     def signature(self) -> str | None:
         """The signature the `sacrebleu` command prints; characters show in its `tok`."""
-        signature = str(self.metric.get_signature().format())
-        if self.cfg.sacrebleu_char_level:
+        signature = self._signature()
+        if signature is not None and self.cfg.sacrebleu_char_level:
             case = "lc" if self.cfg.sacrebleu_lowercase else "mixed"
             tokenizer = f"|tok:{self.cfg.sacrebleu_tokenizer}+characters"
             signature = signature.replace("|tok:none", tokenizer)

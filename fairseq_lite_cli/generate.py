@@ -1,0 +1,230 @@
+"""flite-generate: translate a split of a data folder and score it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from fairseq_lite.builtins import load_builtins
+from fairseq_lite.config.core import Choice, CommonConfig, RunConfig
+from fairseq_lite.config.parse import parse
+from fairseq_lite.config.serial import to_plain
+from fairseq_lite.data.text.api import build_bpe, build_tokenizer
+from fairseq_lite.errors import ConfigError
+from fairseq_lite.generation.evaluate import PieceWatch, Texts, add_to
+from fairseq_lite.generation.output import lines
+from fairseq_lite.generation.session import DEFAULT_MAX_TOKENS, Session, place
+from fairseq_lite.scoring import SCORERS, Scorer
+from fairseq_lite.scoring.standard import SacrebleuConfig
+from fairseq_lite.tasks.api import Task, build_task, resolve_max_positions
+from fairseq_lite.training.checkpoint.inference import load_models
+from fairseq_lite_cli.entry import run_command
+
+logger = logging.getLogger("fairseq_lite_cli.generate")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line, translate, score."""
+    registries = load_builtins()
+    run = parse("flite-generate", sys.argv[1:] if argv is None else argv, registries)
+    log_to_stderr(run.common)
+    logger.info("%s", json.dumps(to_plain(run), ensure_ascii=False))
+    torch.manual_seed(run.common.seed)
+    np.random.seed(run.common.seed)
+    task = build_task(run)
+    scorer = make_scorer(run)
+    task.load_dataset(run.dataset.gen_subset)
+    loaded = load_models(
+        run.common_eval.path or "",
+        registries,
+        task=task,
+        overrides=run.common_eval.model_overrides,
+    )
+    device = place(loaded.models, run.common, run.generation)
+    sources = raw_sources(run, task)
+    session = Session(
+        task.build_generator(loaded.models, run.generation),
+        loaded.models,
+        make_texts(run, task),
+        run.generation,
+        device=device,
+        source_line=(lambda n: None) if sources is None else sources.__getitem__,
+    )
+    limits = resolve_max_positions(
+        task.max_positions(), *(model.max_positions() for model in loaded.models)
+    )
+    with output_file(run) as out:
+        generate(run, task, session, scorer, limits, out)
+
+
+def generate(
+    run: RunConfig, task: Task, session: Session, scorer: Scorer, limits: Any, out: TextIO
+) -> None:
+    """Translate the split, print every sentence, score what has references."""
+    dataset = task.dataset(run.dataset.gen_subset)
+    batches, skipped = plan(run, dataset, limits)
+    watch = PieceWatch()
+    for batch in tqdm(batches, unit="batch", disable=not progress_wanted(run.common)):
+        for one in session.translate(dataset.collate(batch)):
+            add_to(scorer, one, session.texts, watch)
+            write(one, run, out)
+    for index in skipped:
+        for one in session.untranslated(dataset.collate([index])):
+            add_to(scorer, one, session.texts)
+            write(one, run, out)
+    if skipped:
+        logger.warning(
+            "%d sentences were too long and have an empty output, which is scored", len(skipped)
+        )
+    logger.info("NOTE: hypothesis and token scores are output in base 2")
+    logger.info("%s", session.summary())
+    if len(scorer):
+        if scorer.signature is not None:
+            logger.info("signature: %s", scorer.signature)
+        subset, beam = run.dataset.gen_subset, run.generation.beam
+        print(f"Generate {subset} with beam={beam}: {scorer.result_string()}", file=out)
+
+
+def plan(run: RunConfig, dataset: Any, limits: Any) -> tuple[list[Any], list[int]]:
+    """This shard's batches, and its sentences that are too long to translate."""
+    cfg = run.dataset
+    max_tokens = cfg.max_tokens
+    if max_tokens is None and cfg.batch_size is None:
+        max_tokens = DEFAULT_MAX_TOKENS
+    batches = dataset.batches(
+        max_tokens=max_tokens,
+        max_sentences=cfg.batch_size,
+        required_multiple=cfg.required_batch_size_multiple,
+        max_positions=limits,
+        skip_invalid=cfg.skip_invalid_size_inputs_valid_test,
+        seed=run.common.seed,
+        name=cfg.gen_subset,
+    )
+    fitting = np.concatenate(batches) if batches else np.array([], dtype=np.int64)
+    skipped = np.setdiff1d(np.arange(len(dataset)), fitting).tolist()
+    return batches[cfg.shard_id :: cfg.num_shards], skipped[cfg.shard_id :: cfg.num_shards]
+
+
+def write(one: Any, run: RunConfig, out: TextIO) -> None:
+    """Print the lines of a sentence, unless --quiet."""
+    if not run.common_eval.quiet:
+        for line in lines(one):
+            print(line, file=out)
+
+
+def make_texts(run: RunConfig, task: Task) -> Texts:
+    """How ids become text: --post-process, then --bpe's decoder, then --tokenizer's."""
+    target = task.target_dictionary
+    if target is None:
+        raise ConfigError(f"--task {run.task.name}: this task has no target dictionary to print")
+    return Texts(
+        target,
+        task.source_dictionary,
+        run.common_eval.post_process,
+        codecs(run, task)[1],
+    )
+
+
+def codecs(run: RunConfig, task: Task) -> tuple[Callable[[str], str], Callable[[str], str]]:
+    """Raw text to the text of the data folder, and back."""
+    languages = [
+        getattr(task.cfg, name) if hasattr(task.cfg, name) else None
+        for name in ("source_lang", "target_lang")
+    ]
+    tokenizer = build_tokenizer(run.tokenizer, *languages)
+    subword = build_bpe(run.bpe)
+    parts = [codec for codec in (tokenizer, subword) if codec is not None]
+
+    def encode(text: str) -> str:
+        for codec in parts:
+            text = codec.encode(text)
+        return text
+
+    def decode(text: str) -> str:
+        for codec in reversed(parts):
+            text = codec.decode(text)
+        return text
+
+    return encode, decode
+
+
+def make_scorer(run: RunConfig) -> Scorer:
+    """The scorer chosen; --sacrebleu is an old way to choose one."""
+    choice = run.scoring
+    if run.generation.sacrebleu and choice.name != "sacrebleu":
+        logger.warning("--sacrebleu is deprecated: type --scoring sacrebleu")
+        choice = Choice("sacrebleu", SacrebleuConfig())
+    scorer: Scorer = SCORERS.get(choice.name or "bleu").factory(choice.config)
+    return scorer
+
+
+def raw_sources(run: RunConfig, task: Task) -> list[str] | None:
+    """The source lines as they were, where --replace-unk needs them and the folder has them."""
+    if run.generation.replace_unk is None:
+        return None
+    path = Path(str(getattr(task.dataset(run.dataset.gen_subset), "src", "")))
+    if run.dataset.dataset_impl == "raw" and path.is_file():
+        with path.open(encoding="utf-8") as file:
+            return [line.rstrip("\n") for line in file]
+    logger.warning(
+        "--replace-unk: a source word the dictionary does not know is copied as <unk>, since only"
+        " data preprocessed with --dataset-impl raw keeps it"
+    )
+    return None
+
+
+def progress_wanted(common: CommonConfig) -> bool:
+    """Whether a progress bar is drawn: on a terminal, unless switched off."""
+    return (
+        sys.stderr.isatty() and not common.no_progress_bar and common.log_format in (None, "tqdm")
+    )
+
+
+def log_to_stderr(common: CommonConfig) -> None:
+    """Log lines go to standard error: standard output holds nothing but the results."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if common.log_file is not None:
+        try:
+            handlers.append(logging.FileHandler(common.log_file, encoding="utf-8"))
+        except OSError as e:
+            raise ConfigError(f"--log-file {common.log_file}: {e.strerror}") from None
+    logging.basicConfig(
+        format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+        level=logging.INFO,
+        handlers=handlers,
+        force=True,
+    )
+
+
+@contextlib.contextmanager
+def output_file(run: RunConfig) -> Iterator[TextIO]:
+    """Standard output, or `generate-{subset}.txt` in the --results-path folder.
+
+    Raises:
+        ConfigError: the folder or the file cannot be written.
+    """
+    if run.common_eval.results_path is None:
+        yield sys.stdout
+        return
+    folder = Path(run.common_eval.results_path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / f"generate-{run.dataset.gen_subset}.txt").open("w", encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"--results-path {folder}: cannot be written ({e.strerror})") from None
+    with file:
+        yield file
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("flite-generate", main))

@@ -1,0 +1,191 @@
+"""flite-interactive: translate sentences from the terminal or a file, in input order."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fairseq_lite.builtins import load_builtins
+from fairseq_lite.config.core import RunConfig
+from fairseq_lite.config.parse import parse
+from fairseq_lite.config.serial import to_plain
+from fairseq_lite.data.indexed import MemoryDataset
+from fairseq_lite.data.pairs import PairDataset
+from fairseq_lite.errors import ConfigError, DataError
+from fairseq_lite.generation.evaluate import Translated
+from fairseq_lite.generation.output import output_lines
+from fairseq_lite.generation.session import Session, place
+from fairseq_lite.tasks.api import Task, build_task, resolve_max_positions
+from fairseq_lite.training.checkpoint.inference import load_models
+from fairseq_lite_cli.entry import run_command
+from fairseq_lite_cli.generate import codecs, log_to_stderr, make_texts
+
+logger = logging.getLogger("fairseq_lite_cli.interactive")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line, then sentences, until they end."""
+    registries = load_builtins()
+    run = parse("flite-interactive", sys.argv[1:] if argv is None else argv, registries)
+    log_to_stderr(run.common)
+    size = check(run)
+    start = time.perf_counter()
+    logger.info("%s", json.dumps(to_plain(run), ensure_ascii=False))
+    torch.manual_seed(run.common.seed)
+    np.random.seed(run.common.seed)
+    task = build_task(run)
+    loaded = load_models(
+        run.common_eval.path or "",
+        registries,
+        task=task,
+        overrides=run.common_eval.model_overrides,
+    )
+    device = place(loaded.models, run.common, run.generation)
+    known: dict[int, str] = {}
+    first = 0
+    session = Session(
+        task.build_generator(loaded.models, run.generation),
+        loaded.models,
+        make_texts(run, task),
+        run.generation,
+        device=device,
+        source_line=known.get,
+    )
+    limits = resolve_max_positions(
+        task.max_positions(), *(model.max_positions() for model in loaded.models)
+    )
+    encode, _ = codecs(run, task)
+    if size > 1:
+        logger.info("Sentence buffer size: %d", size)
+    logger.info("NOTE: hypothesis and token scores are output in base 2")
+    logger.info("Type the input sentence and press return:")
+    for lines in buffers(read(run.interactive.input), size):
+        encoded = [encode(line) for line in lines]
+        known.clear()
+        known.update(enumerate(encoded, start=first))
+        for one, seconds in translate(run, task, session, encoded, first, limits):
+            show(one, seconds)
+        first += len(lines)
+    logger.info(
+        "Total time: %.3f seconds; translation time: %.3f",
+        time.perf_counter() - start,
+        session.seconds,
+    )
+
+
+def check(run: RunConfig) -> int:
+    """How many sentences are read before they are translated.
+
+    Raises:
+        ConfigError: flags that do not go together.
+    """
+    size = max(run.interactive.buffer_size, 1)
+    if run.dataset.batch_size is not None and run.dataset.batch_size > size:
+        raise ConfigError(
+            f"--batch-size {run.dataset.batch_size} cannot be larger than --buffer-size {size}"
+        )
+    if run.generation.score_reference or run.generation.prefix_size:
+        raise ConfigError("--score-reference and --prefix-size need references: use flite-generate")
+    return size
+
+
+def read(name: str) -> Iterator[str]:
+    """The lines of a file, or of standard input.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if name == "-":
+        yield from (line.rstrip("\n") for line in sys.stdin)
+        return
+    try:
+        with Path(name).open(encoding="utf-8") as file:
+            yield from (line.rstrip("\n") for line in file)
+    except OSError as e:
+        raise DataError(f"--input {name}: cannot be read ({e.strerror})") from None
+    except UnicodeDecodeError as e:
+        raise DataError(f"--input {name}: is not UTF-8 ({e.reason} at byte {e.start})") from None
+
+
+def buffers(lines: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Lines in groups of `size`; the last may be smaller."""
+    group: list[str] = []
+    for line in lines:
+        group.append(line)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def translate(
+    run: RunConfig, task: Task, session: Session, lines: list[str], first: int, limits: Any
+) -> list[tuple[Translated, float]]:
+    """Translate one buffer; every line has its record, in order, with its share of the time."""
+    source = task.source_dictionary
+    if source is None:
+        raise ConfigError(f"--task {run.task.name}: this task has no source dictionary")
+    dataset = PairDataset(
+        MemoryDataset.of([source.encode_line(line) for line in lines]),
+        None,
+        source,
+        task.target_dictionary,
+        left_pad_source=_left_pad(task),
+    )
+    cfg = run.dataset
+    by_size = cfg.max_tokens is not None or cfg.batch_size is not None
+    batches = dataset.batches(
+        max_tokens=cfg.max_tokens,
+        max_sentences=cfg.batch_size if by_size else 1,
+        max_positions=limits,
+        skip_invalid=True,
+        seed=run.common.seed,
+        name="input",
+    )
+    found: dict[int, tuple[Translated, float]] = {}
+    for batch in batches:
+        found.update(_run(session.translate, dataset, batch, first))
+    for index in range(len(lines)):
+        if first + index not in found:
+            found.update(_run(session.untranslated, dataset, [index], first))
+    return [found[first + index] for index in range(len(lines))]
+
+
+def _left_pad(task: Task) -> bool:
+    return bool(task.cfg.left_pad_source) if hasattr(task.cfg, "left_pad_source") else True
+
+
+def _run(
+    function: Callable[[Any], list[Translated]], dataset: PairDataset, batch: Any, first: int
+) -> dict[int, tuple[Translated, float]]:
+    sample = dataset.collate(batch)
+    # Numbers run on from buffer to buffer.
+    sample["id"] = sample["id"] + first
+    start = time.perf_counter()
+    results = function(sample)
+    seconds = (time.perf_counter() - start) / max(len(results), 1)
+    return {one.id: (one, seconds) for one in results}
+
+
+def show(one: Translated, seconds: float) -> None:
+    """Print the lines of a sentence and flush, so that a program at the other end can go on."""
+    if one.source is not None:
+        print(f"S-{one.id}\t{one.source}")
+    print(f"W-{one.id}\t{seconds:.3f}\tseconds")
+    for output in one.outputs:
+        for line in output_lines(one.id, output):
+            print(line)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("flite-interactive", main))
