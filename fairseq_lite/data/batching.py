@@ -24,9 +24,7 @@ def permutation(count: int, seed: int) -> Indices:
     return np.random.RandomState(seed).permutation(count).astype(np.int64, copy=False)
 
 
-def ordered_indices(
-    sizes: Sequence[npt.NDArray[Any]], *, shuffle: bool, seed: int
-) -> Indices:
+def ordered_indices(sizes: Sequence[npt.NDArray[Any]], *, shuffle: bool, seed: int) -> Indices:
     """All examples, shortest first, ties in shuffled order.
 
     Args:

@@ -339,10 +339,8 @@ class IndexedWriter:
         other = IndexedDataset(prefix)
         if other.dtype != self.dtype:
             raise DataError(f"{other}: holds {other.dtype}, expected {self.dtype}")
-        with open(other.prefix + ".bin", "rb") as file:
-            while block := file.read(1 << 22):
-                self._bin.write(block)
-        self._sizes.write(np.ascontiguousarray(other.sizes, dtype="<i4").data)
+        _copy(other.prefix + ".bin", 0, None, self._bin)
+        _copy(other.prefix + ".idx", _MMAP_HEADER.size, 4 * len(other), self._sizes)
 
     def finalize(self) -> None:
         """Write the index; the dataset is complete after this."""
@@ -425,6 +423,15 @@ def read_raw(path: PathLike, dictionary: Dictionary) -> MemoryDataset:
     sizes = np.array([len(item) for item in items], dtype=np.int64)
     tokens = np.concatenate(items) if items else np.zeros(0, dtype=np.int64)
     return MemoryDataset(tokens.astype(best_dtype(len(dictionary))), sizes, os.fspath(path))
+
+
+def _copy(path: str, start: int, length: int | None, target: BinaryIO) -> None:
+    with open(path, "rb") as file:
+        file.seek(start)
+        left = os.path.getsize(path) - start if length is None else length
+        while left > 0 and (block := file.read(min(1 << 22, left))):
+            target.write(block)
+            left -= len(block)
 
 
 def _consecutive(starts: npt.NDArray[Any], sizes: npt.NDArray[Any]) -> bool:

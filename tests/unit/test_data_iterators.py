@@ -75,7 +75,9 @@ def test_order_is_that_of_seed_plus_epoch() -> None:
 
 
 def test_short_ranks_get_none() -> None:
-    given = [list(_iterator(5, world_size=3, rank=r).next_epoch_itr(shuffle=False)) for r in (0, 1, 2)]
+    given = [
+        list(_iterator(5, world_size=3, rank=r).next_epoch_itr(shuffle=False)) for r in (0, 1, 2)
+    ]
     assert given == [[[0], [3]], [[1], [4]], [[2], None]]
 
 
@@ -111,9 +113,7 @@ def test_a_state_that_does_not_fit() -> None:
 def test_fairseqs_state_resumes() -> None:
     whole = list(_iterator(9).next_epoch_itr())
     iterator = _iterator(9)
-    iterator.load_state_dict(
-        {"version": 2, "epoch": 1, "iterations_in_epoch": 4, "shuffle": True}
-    )
+    iterator.load_state_dict({"version": 2, "epoch": 1, "iterations_in_epoch": 4, "shuffle": True})
     assert iterator.iterations_in_epoch == 4 and iterator.next_epoch_idx == 1
     rest = iterator.next_epoch_itr()
     assert (rest.n, len(rest)) == (4, 9) and list(rest) == whole[4:]

@@ -61,9 +61,7 @@ def test_broken_bytes_are_left_out() -> None:
 
 def test_sentencepiece() -> None:
     path = shared_dir("data", "tokenizers", "sp_en_1k", "test_model.model")
-    subword = build_bpe(
-        Choice("sentencepiece", SentencepieceConfig(sentencepiece_model=str(path)))
-    )
+    subword = build_bpe(Choice("sentencepiece", SentencepieceConfig(sentencepiece_model=str(path))))
     line = subword.encode("This is a test.")
     assert " " in line and subword.decode(line) == "This is a test."
     assert subword.is_beginning_of_word(line.split()[0]) and subword.files() == (path,)

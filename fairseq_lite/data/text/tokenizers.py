@@ -26,9 +26,7 @@ class Moses(Tokenizer):
 
     cfg: MosesConfig
 
-    def __init__(
-        self, cfg: MosesConfig, source_lang: str = "en", target_lang: str = "en"
-    ) -> None:
+    def __init__(self, cfg: MosesConfig, source_lang: str = "en", target_lang: str = "en") -> None:
         super().__init__(cfg, source_lang, target_lang)
         self._tokenizer = MosesTokenizer(lang=source_lang)
         self._detokenizer = MosesDetokenizer(lang=target_lang)
