@@ -92,8 +92,7 @@ def fused_smoothed_loss(
         padding_idx: targets that do not count.
         count_correct: also count correct predictions.
     """
-    if features.device.type == "cpu":
-        # Padding costs as much as a token. On other devices finding it would wait for the device.
+    if _drops_padding(features):
         real = target.ne(padding_idx).nonzero()[:, 0]
         if len(real) < len(target):
             features, target = features.index_select(0, real), target.index_select(0, real)
@@ -101,6 +100,14 @@ def fused_smoothed_loss(
         features, weight, target, epsilon, padding_idx, count_correct
     )
     return LossSums(*out)
+
+
+def _drops_padding(x: Tensor) -> bool:
+    """Whether padding is taken out first: it costs as much as a token.
+
+    Not where finding it would have the host wait for the device.
+    """
+    return x.device.type == "cpu"
 
 
 class _Fused(torch.autograd.Function):
@@ -177,7 +184,7 @@ class _Chunks:
                 sum_features += (x * real[:, None].to(x.dtype)).sum(dim=0, dtype=torch.float32)
             if not any(needed):
                 continue
-            if x.device.type != "cpu":  # on a CPU padding was taken out before
+            if not _drops_padding(x):
                 grad.mul_(real[:, None])
             if needed[0]:
                 grad_features.append(self._grad_features(grad, real))
