@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined, unused-ignore]
 
 from fairseq_lite.config.core import RunConfig
 from fairseq_lite.errors import DistributedError
@@ -165,7 +165,7 @@ class _Membership:
         # A connection of its own: the main thread may wait in the other one for minutes.
         self._store = _connect(found, timeout=found.heartbeat)
         self._watchdog = Watchdog(
-            self._store, self._rank, found.size, found.heartbeat, _holder(found), self._on_death
+            self._store, self._rank, found.size, found.heartbeat, _holder(found), self._die
         )
         self._watchdog.start()
         try:
@@ -200,8 +200,16 @@ class _Membership:
         if isinstance(error, Exception):
             self._watchdog.stop()
             watchdog.write_reason(self._store, f"rank {self._rank} stopped: {one_line(error)}")
-            if self._server is not None:
-                time.sleep(2 * self._watchdog.interval)  # until the others have read it
+            self._let_others_read()
+
+    def _die(self, reason: str) -> None:
+        self._let_others_read()
+        self._on_death(reason)
+
+    def _let_others_read(self) -> None:
+        """Keep the store open, if it is here, until every rank has seen why it must stop."""
+        if self._server is not None:
+            time.sleep(2 * self._watchdog.interval)
 
 
 def one_line(error: BaseException) -> str:

@@ -7,9 +7,10 @@ names for data parallel training mean the same here.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +30,20 @@ from fairseq_lite.parallel.api import (
 )
 from fairseq_lite.parallel.plan import common_reasons
 
-# Elements in one buffer. Large enough that latency does not count, small enough that the copy of a
-# billion gradients is never held twice.
+# Elements in one buffer, and buffers on their way at a time. Large enough that latency does not
+# count, few enough that a large model's gradients are not held twice.
 BUCKET_ELEMENTS = 1 << 24
+BUCKETS_IN_FLIGHT = 3
 
 T = TypeVar("T", bound=Tensor)
+
+
+class _Sent(NamedTuple):
+    """A buffer on its way."""
+
+    bucket: list[nn.Parameter]
+    flat: Tensor
+    wait: Callable[[], object]
 
 
 @BACKENDS.register("legacy_ddp", aliases=("no_c10d", "c10d", "pytorch_ddp"))
@@ -61,13 +71,15 @@ class LegacyDDP(Backend):
         if self.world.size == 1:
             return
         params = [p for p in model.parameters() if p.requires_grad]
-        # All buffers are on their way before the first is waited for.
-        started = [self._start(bucket) for bucket in _buckets(params)]
-        for bucket, flat, wait in started:
-            wait()
-            self._finish(bucket, flat)
+        in_flight: deque[_Sent] = deque()
+        for bucket in _buckets(params):
+            in_flight.append(self._start(bucket))
+            if len(in_flight) == BUCKETS_IN_FLIGHT:
+                self._finish(in_flight.popleft())
+        while in_flight:
+            self._finish(in_flight.popleft())
 
-    def _start(self, bucket: list[T]) -> tuple[list[T], Tensor, Callable[[], object]]:
+    def _start(self, bucket: list[nn.Parameter]) -> _Sent:
         """Send one buffer: the gradients divided by the world size, then a 1 for each that exists.
 
         Dividing first keeps a half precision sum in range.
@@ -77,9 +89,11 @@ class LegacyDDP(Backend):
             + [bucket[0].new_tensor([float(p.grad is not None) for p in bucket])]
         )
         flat.div_(self.world.size)
-        return bucket, flat, self.world.all_reduce_start(flat)
+        return _Sent(bucket, flat, self.world.all_reduce_start(flat))
 
-    def _finish(self, bucket: list[T], flat: Tensor) -> None:
+    def _finish(self, sent: _Sent) -> None:
+        sent.wait()
+        bucket, flat = sent.bucket, sent.flat
         pieces = torch.split(flat, [p.numel() for p in bucket] + [len(bucket)])
         # Only a rank that lacks a gradient asks whether another had one: the question waits for
         # the GPU.

@@ -260,13 +260,10 @@ def _on_devices(found: Plan, cfg: DistributedTrainingConfig, gpus: int) -> Plan:
 
 def first_host(names: str) -> str:
     """The first host of a Slurm node list: "gpu[03-05,9],cpu1" -> "gpu03"."""
-    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\]([^,\[]*))?", names.strip())
-    if match is None:
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", names.strip())
+    if first is None:
         raise ConfigError(f"Slurm's node list {names!r} cannot be read")
-    prefix, numbers, suffix = match.groups()
-    if numbers is None:
-        return prefix
-    return prefix + re.split(r"[,-]", numbers)[0] + (suffix or "")
+    return re.sub(r"\[([^,\-\]]*)[^\]]*\]", r"\1", first.group())
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 
 import torch.distributed as dist
-from torch.distributed import Store
+from torch.distributed import Store  # type: ignore[attr-defined, unused-ignore]
 
 _REASON = "reason to stop"
 _DONE = "done"
