@@ -146,8 +146,8 @@ def _model(run: RunConfig, cfg: Mapping[str, Any]) -> dict[str, Any] | None:
     for name, section in cfg.items():
         if isinstance(section, Mapping) and name not in ("bmuf", "generation", "eval_lm", "model"):
             flat.update({k: v for k, v in section.items() if k != "_name"})
-            if name in _CHOICES:
-                flat[_CHOICES[name]] = section["_name"]
+    for name, flat_name in _CHOICES.items():
+        flat[flat_name] = cfg[name].get("_name") if cfg[name] else None
     own = {k: _like(k, v) for k, v in _fields(run.model).items()}
     if "encoder_embed_dim" in own and "decoder_layers" in own:
         flat.update(fairseq_defaults.TRANSFORMER)
