@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         level=logging.INFO,
         stream=sys.stdout,
     )
+    assert run.preprocess is not None
     preprocess.run(run.preprocess, {**vars(run.common), **vars(run.preprocess)})
 
 

@@ -207,7 +207,7 @@ class Encoder:
         if self._mark in text:
             self._choose_mark(text)
         words = text.replace("\n", f" {self._mark} ").split()
-        data = b"".join(map(self._table.get, words, itertools.repeat(self._unk_bytes)))  # type: ignore[arg-type]
+        data = b"".join(map(self._table.get, words, itertools.repeat(self._unk_bytes)))
         ids = np.frombuffer(bytearray(data), dtype=self.dtype)
         ends = np.flatnonzero(ids == self._line_end)
         ids[ends] = self.eos

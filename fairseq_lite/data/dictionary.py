@@ -174,8 +174,8 @@ class Dictionary:
         except FileNotFoundError:
             raise DataError(f"no dictionary {os.fspath(path)}: expected a dict.txt") from None
         except UnicodeDecodeError as e:
-            line = e.object[: e.start].count(b"\n") + 1
-            raise DataError(f"{os.fspath(path)}:{line}: not UTF-8: {e.reason}") from None
+            fault = e.object[: e.start].count(b"\n") + 1
+            raise DataError(f"{os.fspath(path)}:{fault}: not UTF-8: {e.reason}") from None
         except OSError as e:
             raise DataError(f"cannot read the dictionary {os.fspath(path)}: {e.strerror}") from None
         if lines[-1] == "":

@@ -316,9 +316,10 @@ class IndexedWriter:
     def __init__(self, prefix: PathLike, dtype: npt.DTypeLike) -> None:
         self.prefix = os.fspath(prefix)
         self.dtype = np.dtype(dtype)
+        folder = os.path.dirname(self.prefix) or "."
         self._bin = open(self.prefix + ".bin", "wb")  # noqa: SIM115
         # Unnamed and beside the output: gone with the process however it ends.
-        self._sizes: BinaryIO = tempfile.TemporaryFile(dir=os.path.dirname(self.prefix) or ".")
+        self._sizes: BinaryIO = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
 
     def add(self, ids: Sequence[int] | npt.NDArray[Any]) -> None:
         """Append one item."""

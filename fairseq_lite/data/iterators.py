@@ -187,7 +187,7 @@ class EpochBatchIterator:
 
         Args:
             shuffle: in an order of the epoch's own.
-            fix_batches_to_gpus: accepted as in fairseq, where it changes nothing without its caches.
+            fix_batches_to_gpus: accepted, as in fairseq; every rank keeps its share anyway.
             set_dataset_epoch: tell the dataset, if it wants to know.
         """
         self.close()

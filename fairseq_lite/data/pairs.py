@@ -109,8 +109,11 @@ class PairDataset:
     def num_tokens(self, indices: npt.ArrayLike | None = None) -> npt.NDArray[Any]:
         """What examples cost in a batch: the length of their longer side."""
         wanted: Any = slice(None) if indices is None else np.asarray(indices)
-        source = self.src_sizes[wanted]
-        return source if self.tgt_sizes is None else np.maximum(source, self.tgt_sizes[wanted])
+        source: npt.NDArray[Any] = self.src_sizes[wanted]
+        if self.tgt_sizes is None:
+            return source
+        longer: npt.NDArray[Any] = np.maximum(source, self.tgt_sizes[wanted])
+        return longer
 
     def ordered_indices(self, seed: int = 1) -> Indices:
         """All examples, shortest source first, ties by target, then as shuffled by `seed`."""
@@ -184,7 +187,7 @@ class PairDataset:
         Returns:
             fairseq's sample: "id" (B,), "nsentences", "ntokens" (of the target, or of the source
             without one), "net_input" {"src_tokens" (B, S), "src_lengths" (B,),
-            "prev_output_tokens" (B, T)} and "target" (B, T), or None; an empty dict for no examples.
+            "prev_output_tokens" (B, T)} and "target" (B, T), or None. No examples: an empty dict.
         """
         if len(examples) == 0:
             return {}

@@ -155,11 +155,11 @@ class _Preprocessing:
         cfg = self.cfg
         given = {cfg.source_lang: cfg.srcdict, cfg.target_lang: cfg.tgtdict}
         for lang in self.langs:
-            path = Path(cfg.destdir, self._dict_name(lang))
+            made = Path(cfg.destdir, self._dict_name(lang))
             either = cfg.joined_dictionary and (cfg.srcdict or cfg.tgtdict)
-            if not given[lang] and not either and path.exists():
+            if not given[lang] and not either and made.exists():
                 raise DataError(
-                    f"{path} exists: use it with --srcdict or --tgtdict, remove it, "
+                    f"{made} exists: use it with --srcdict or --tgtdict, remove it, "
                     "or choose another --destdir"
                 )
         if cfg.dict_only:

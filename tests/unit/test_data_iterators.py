@@ -61,6 +61,8 @@ def test_every_batch_once_also_across_a_resume(count, world, workers, stop, worl
             iterator.load_state_dict(states[0])
             if stop < steps:
                 assert list(iterator.next_epoch_itr()) == expected
+    for iterator in (*ranks, *again):
+        iterator.close()
 
 
 def test_order_is_that_of_seed_plus_epoch() -> None:
@@ -148,15 +150,15 @@ def test_an_error_in_a_worker_reaches_the_reader() -> None:
 
 
 def test_reading_ahead_ends_with_the_epoch() -> None:
-    before = threading.active_count()
+    others = set(threading.enumerate())
     iterator = _iterator(100, num_workers=2)
     next(iterator.next_epoch_itr())
     iterator.close()
     list(iterator.next_epoch_itr())
-    for thread in threading.enumerate():
-        if thread.name.startswith("batches"):
-            thread.join(10)
-    assert threading.active_count() == before
+    mine = [t for t in threading.enumerate() if t not in others]
+    for thread in mine:
+        thread.join(10)
+    assert not any(t.is_alive() for t in mine)
 
 
 def test_first_batch() -> None:

@@ -11,14 +11,19 @@ from typing import Any
 import sentencepiece
 
 from fairseq_lite.config.flags import flag
-from fairseq_lite.data.text.api import BPE, Subword, required_file
 from fairseq_lite.data.postprocess import post_process
+from fairseq_lite.data.text.api import BPE, Subword, required_file
 from fairseq_lite.errors import DataError, MissingDependency
 
 SPACE_MARK = "\u2581"
 
 
 def load_sentencepiece(path: Path) -> Any:
+    """Open a sentencepiece model.
+
+    Raises:
+        DataError: the file is not one.
+    """
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError):
@@ -104,14 +109,14 @@ class SubwordNmt(Subword):
 
     def _load(self) -> Any:
         try:
-            from subword_nmt.apply_bpe import BPE as Merges
+            from subword_nmt import apply_bpe
         except ImportError:
             raise MissingDependency(
                 "--bpe subword_nmt needs subword-nmt to segment text: pip install subword-nmt"
             ) from None
         with self._path.open(encoding="utf-8") as codes:
             try:
-                return Merges(codes, separator=self.cfg.bpe_separator)
+                return apply_bpe.BPE(codes, separator=self.cfg.bpe_separator)
             except (SystemExit, ValueError, IndexError):  # its reader exits on a malformed line
                 raise DataError(f"--bpe-codes {self._path}: not a file of merges") from None
 
@@ -221,7 +226,7 @@ class _ByteLevel(Subword):
         """Whether the piece with this number begins with a space."""
         if not piece.isdecimal():
             return True
-        return self._pieces.get(int(piece), "").startswith("\u0120")
+        return str(self._pieces.get(int(piece), "")).startswith("\u0120")
 
     def files(self) -> Sequence[Path]:
         """Vocabulary and merges."""
