@@ -26,6 +26,9 @@ class CommonConfig:
     log_format: LogFormat | None = flag(None, "how progress is logged; tqdm on a terminal")
     log_file: str | None = flag(None, "also append the log to this file")
     tensorboard_logdir: str | None = flag(None, "write TensorBoard events to this folder")
+    wandb_project: str | None = flag(
+        None, "log to this Weights & Biases project (pip install wandb)"
+    )
     seed: int = flag(1, "seed of initialisation, data order and dropout")
     cpu: bool = flag(False, "use the CPU even where a GPU is present")
     bf16: bool = flag(False, "compute in bfloat16, with float32 master weights in training")

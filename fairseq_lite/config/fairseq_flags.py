@@ -264,7 +264,75 @@ NO_EFFECT: dict[str, str] = {
 }
 
 # fairseq's flags that come with a later capability: refused until then.
-COMING: dict[str, str] = {}
+COMING: dict[str, str] = {
+    "--checkpoint-shard-count": "it comes with sharded checkpoints; leave it out",
+    "--checkpoint-suffix": "it comes with sharded checkpoints; name the file in --path",
+    "--constraints": "constrained search comes later; use --prefix-size for a forced beginning",
+    "--cpu-offload": "it comes with --ddp-backend fully_sharded",
+    "--eos": "the special symbols have fairseq's fixed ids; leave it out",
+    "--fp32-reduce-scatter": "it comes with --ddp-backend fully_sharded",
+    "--lm-path": "fusion with a language model comes with language models",
+    "--lm-weight": "fusion with a language model comes with language models",
+    "--load-alignments": "training on alignments comes later; leave it out",
+    "--no-reshard-after-forward": "it comes with --ddp-backend fully_sharded",
+    "--pad": "the special symbols have fairseq's fixed ids; leave it out",
+    "--unk": "the special symbols have fairseq's fixed ids; leave it out",
+    "--use-sharded-state": "it comes with --ddp-backend fully_sharded",
+    "--distributed-backend": "evaluation with several processes comes later; use --num-shards and --shard-id",
+    "--distributed-init-method": "evaluation with several processes comes later; use --num-shards and --shard-id",
+    "--distributed-no-spawn": "evaluation with several processes comes later; use --num-shards and --shard-id",
+    "--distributed-num-procs": "evaluation with several processes comes later; use --num-shards and --shard-id",
+    "--distributed-port": "evaluation with several processes comes later; use --num-shards and --shard-id",
+    "--distributed-rank": "evaluation with several processes comes later; use --num-shards and --shard-id",
+    "--distributed-world-size": "evaluation with several processes comes later; use --num-shards and --shard-id",
+}
+
+# Flags fairseq's command takes and never reads: accepted there with a warning.
+IDLE: dict[str, frozenset[str]] = {
+    "preprocess": frozenset(
+        """
+        --bpe --criterion --lr-scheduler --optimizer --scoring --task --tokenizer
+        --wandb-project
+        """.split()
+    ),
+    "train": frozenset(
+        """
+        --sacrebleu-char-level --sacrebleu-lowercase --sacrebleu-tokenizer --scoring
+        """.split()
+    ),
+    "generate": frozenset(
+        """
+        --best-checkpoint-metric --continue-once --criterion --ddp-backend
+        --finetune-from-model --force-anneal --heartbeat-timeout --keep-best-checkpoints
+        --keep-interval-updates --keep-interval-updates-pattern --keep-last-epochs
+        --lr-scheduler --lr-shrink --maximize-best-checkpoint-metric --no-epoch-checkpoints
+        --no-last-checkpoints --no-save --no-save-optimizer-state --optimizer
+        --optimizer-overrides --patience --reset-dataloader --reset-lr-scheduler
+        --reset-meters --reset-optimizer --restore-file --save-dir --save-interval
+        --save-interval-updates --wandb-project --warmup-updates
+        --write-checkpoints-asynchronously
+        """.split()
+    ),
+    "validate": frozenset(
+        """
+        --criterion --ddp-backend --force-anneal --heartbeat-timeout --lr-scheduler
+        --lr-shrink --optimizer --scoring --wandb-project --warmup-updates
+        """.split()
+    ),
+    "interactive": frozenset(
+        """
+        --best-checkpoint-metric --continue-once --criterion --ddp-backend
+        --finetune-from-model --force-anneal --heartbeat-timeout --keep-best-checkpoints
+        --keep-interval-updates --keep-interval-updates-pattern --keep-last-epochs
+        --lr-scheduler --lr-shrink --maximize-best-checkpoint-metric --no-epoch-checkpoints
+        --no-last-checkpoints --no-save --no-save-optimizer-state --optimizer
+        --optimizer-overrides --patience --reset-dataloader --reset-lr-scheduler
+        --reset-meters --reset-optimizer --restore-file --save-dir --save-interval
+        --save-interval-updates --wandb-project --warmup-updates
+        --write-checkpoints-asynchronously --scoring
+        """.split()
+    ),
+}
 
 # name[,alias…] kind command…
 _ROWS = """

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from fairseq_lite import __version__
 from fairseq_lite.config import core, serial
 from fairseq_lite.config.commands import COMMANDS, Command, Selector
-from fairseq_lite.config.fairseq_flags import COMING, FAIRSEQ_FLAGS, NO_EFFECT, REFUSED
+from fairseq_lite.config.fairseq_flags import COMING, FAIRSEQ_FLAGS, IDLE, NO_EFFECT, REFUSED
 from fairseq_lite.config.flags import add_flags, coerce, default_of, flag_names, info_of
 from fairseq_lite.errors import ConfigError
 from fairseq_lite.plugins import import_user_dir
@@ -193,7 +193,7 @@ def _build_parser(
         if dataclasses.fields(each.entry.config):
             owner = f"{each.selector.flag} {each.entry.name}"
             add_flags(parser.add_argument_group(owner), each.entry.config, owner, owners)
-    return parser, _add_inert(parser, command, owners, chosen, registries)
+    return parser, _add_inert(parser, command, owners)
 
 
 def _selector_help(selector: Selector, registry: Registry) -> str:
@@ -203,25 +203,17 @@ def _selector_help(selector: Selector, registry: Registry) -> str:
     return f"{selector.help}: {shown}{default}".replace("%", "%%")
 
 
-def _add_inert(
-    parser: _Parser,
-    command: Command,
-    owners: Mapping[str, str],
-    chosen: list[_Chosen],
-    registries: Mapping[str, Registry],
-) -> dict[str, str]:
+def _add_inert(parser: _Parser, command: Command, owners: Mapping[str, str]) -> dict[str, str]:
     """Hidden options for fairseq's flags that no section or chosen entry owns."""
-    owned_elsewhere = _other_owners(chosen, registries)
+    idle = IDLE.get(command.fairseq_name, frozenset())
     inert: dict[str, str] = {}
     for name, row in FAIRSEQ_FLAGS.items():
         if name != row.names[0]:
             continue
         spare = [n for n in row.names if n not in owners]
-        stopped = name in REFUSED or name in NO_EFFECT or name in COMING
-        # "belongs to --arch X" is the better answer for a flag some other entry would take.
-        if not spare or len(spare) < len(row.names) or (name in owned_elsewhere and not stopped):
-            continue
-        if not stopped and command.fairseq_name not in row.commands:
+        coming = name in COMING and command.fairseq_name in row.commands
+        settled = name in REFUSED or name in NO_EFFECT or coming or name in idle
+        if not settled or len(spare) < len(row.names):
             continue
         dest = "fairseq:" + name
         inert[dest] = name
@@ -244,7 +236,7 @@ def _settle_inert(command: Command, typed: dict[str, Any], inert: Mapping[str, s
             continue
         if name in REFUSED:
             raise ConfigError(f"{name}: {REFUSED[name]}")
-        if name in COMING:
+        if name in COMING and name not in IDLE.get(command.fairseq_name, ()):
             raise ConfigError(f"{name}: not there yet: {COMING[name]}")
         why = NO_EFFECT.get(name, f"{command.name} does not use it")
         logger.warning("%s has no effect: %s", name, why)
@@ -286,6 +278,19 @@ def _refuse_unknown(
     for each in chosen:
         known |= {f for fld in dataclasses.fields(each.entry.config) for f in flag_names(fld)}
     raise ConfigError(f"unknown flag {name}" + near(name, known))
+
+
+def owned_flags(command_name: str, registries: Mapping[str, Registry]) -> frozenset[str]:
+    """Every spelling of every flag that a command, or an entry it can choose, really uses."""
+    command = COMMANDS[command_name]
+    names = {n for s in command.selectors for n in (s.flag, *s.aliases)}
+    configs = list(command.sections.values())
+    for selector in command.selectors:
+        registry = registries[selector.section]
+        configs += [registry.get(n).config for n in registry.names()]
+    for config in configs:
+        names |= {n for f in dataclasses.fields(config) for n in flag_names(f)}
+    return frozenset(names)
 
 
 def describe_flags(command_name: str, registries: Mapping[str, Registry]) -> list[str]:
