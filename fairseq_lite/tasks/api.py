@@ -174,7 +174,8 @@ class Task(ABC):
         """Build the architecture `choice` names, with this task's dictionaries."""
         if choice.name is None:
             raise ConfigError("no architecture: add --arch, for example --arch transformer")
-        model: Model = ARCHITECTURES.get(choice.name).factory.build(choice.config, self)
+        architecture: Any = ARCHITECTURES.get(choice.name).factory
+        model: Model = architecture.build(choice.config, self)
         return model
 
     def build_criterion(self, choice: Choice, sentence_avg: bool) -> Criterion:
@@ -234,7 +235,8 @@ def build_task(run: RunConfig) -> Task:
     """Set up the task the run names."""
     if run.task.name is None:
         raise ConfigError("no task: add --task, for example --task translation")
-    task: Task = TASKS.get(run.task.name).factory.setup(run.task.config, run)
+    factory: Any = TASKS.get(run.task.name).factory
+    task: Task = factory.setup(run.task.config, run)
     return task
 
 

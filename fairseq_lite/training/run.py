@@ -59,7 +59,8 @@ def check(run: RunConfig) -> None:
         raise ConfigError("no optimizer: add --optimizer, for example --optimizer adam")
     if run.dataset.disable_validation and run.checkpoint.patience > 0:
         raise ConfigError("--patience needs validation: leave out --disable-validation")
-    BACKENDS.get(run.ddp_backend.name or "legacy_ddp").factory.check(run)
+    backend: Any = BACKENDS.get(run.ddp_backend.name or "legacy_ddp").factory
+    backend.check(run)
 
 
 class TrainingRun:

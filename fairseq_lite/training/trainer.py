@@ -138,11 +138,14 @@ class Trainer:
         # Sums, divided once by the sample size of all ranks: an average per rank or per micro-batch
         # would give the tokens of short batches more weight. The backend has divided by the number
         # of ranks already, and fp16 has multiplied by its loss scale.
-        scale = self.world.size / (totals["sample_size"] or 1.0) * self.precision.unscale
-        norm = self.backend.grad_norm(self.model)
-        norm = float(self.optimizer.scale_and_clip(norm, scale, self.cfg.clip_norm))
+        self.optimizer.scale_gradients(
+            self.world.size / (totals["sample_size"] or 1.0) * self.precision.unscale
+        )
+        norm = float(self.backend.grad_norm(self.model))
+        self.optimizer.clip(norm, self.cfg.clip_norm)
         if not self.precision.finite(norm):  # the norm is global: every rank takes this branch,
-            return self._back_off(batches, norm)  # or none does
+            self._back_off(batches, norm)  # or none does
+            return None
         self.optimizer.step()
         self.precision.succeeded()
         self.state.num_updates += 1
