@@ -1,7 +1,7 @@
 """A binariser that sets one tensor element a token, the way fairseq's does: what we compare with.
 
 Written for this comparison from the description of that way of working, in its two passes: count
-the words of every line, then turn every line into an `IntTensor`, element by element, and append it.
+the words of every line; then fill an `IntTensor` for every line, element by element.
 """
 
 from __future__ import annotations

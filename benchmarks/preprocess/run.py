@@ -110,7 +110,9 @@ def main() -> None:
             "both passes: one element a token": peer,
         }
         for workers in map(int, args.workers.split(",")):
-            methods[f"both passes: flite-preprocess --workers {workers}"] = lambda w=workers: whole(w)
+            methods[f"both passes: flite-preprocess --workers {workers}"] = lambda w=workers: whole(
+                w
+            )
         best: dict[str, list[float]] = {m: [float("inf")] * 2 for m in methods}
         for _ in range(args.repeat):
             for method, work in methods.items():

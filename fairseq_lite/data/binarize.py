@@ -1,16 +1,14 @@
 """Text files to token files: block by block, in as many processes as wanted, the same bytes always.
 
-A block of 64 kB is split into words at once and every word is looked up as the bytes of its
-id, so no interpreted step is taken per word or per line; memory holds a block and the counts, not
-the corpus. A line ends at LF, CR LF or CR; words are separated by any Unicode whitespace.
-This module imports no torch: it also runs in the processes that `data.workers` starts.
+No interpreted step is taken per word or per line (see `data.words`); memory holds a block and the
+counts, not the corpus. A line ends at LF, CR LF or CR; words are separated by any Unicode
+whitespace. This module imports no torch: it also runs in the processes that `data.workers` starts.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +18,10 @@ import numpy.typing as npt
 
 from fairseq_lite.data.dictionary import Dictionary, PathLike
 from fairseq_lite.data.indexed import IndexedWriter, best_dtype
+from fairseq_lite.data.words import UNKNOWN, Block, WordCounter, WordTable
 from fairseq_lite.errors import DataError
 
-BLOCK = 1 << 16  # bytes; the words of larger ones fall out of the processor's cache
+BLOCK = 1 << 18  # bytes; what is computed of larger ones falls out of the processor's cache
 Progress = Callable[[int], None]  # is told how many bytes more are done
 
 
@@ -84,8 +83,8 @@ def open_text(path: str) -> Any:
         raise DataError(f"cannot read {path}: {e.strerror}") from None
 
 
-def blocks(span: Span, progress: Progress | None = None) -> Iterator[str]:
-    """The text of a span in blocks of whole lines, every line ended by LF.
+def blocks(span: Span, progress: Progress | None = None) -> Iterator[Block]:
+    """The text of a span in blocks of whole lines.
 
     Raises:
         DataError: bytes that are not UTF-8; the message names file and line.
@@ -103,25 +102,23 @@ def blocks(span: Span, progress: Progress | None = None) -> Iterator[str]:
                 cut = max(data.rfind(b"\n"), data.rfind(b"\r", 0, len(data) - 1)) + 1
             carry = data[cut:]
             if cut:
-                yield _decode(data[:cut], span.path, file.tell() - len(data))
+                yield Block(_checked(data[:cut], span.path, file.tell() - len(data)))
             if progress is not None:
                 progress(cut)
         if carry:  # the file became shorter while it was read
-            yield _decode(carry, span.path, file.tell() - len(carry))
+            yield Block(_checked(carry, span.path, file.tell() - len(carry)))
 
 
-def _decode(data: bytes, path: str, offset: int) -> str:
+def _checked(data: bytes, path: str, offset: int) -> bytes:
     try:
-        text = data.decode("utf-8")
+        data.decode("utf-8")
     except UnicodeDecodeError as e:
         line = count_lines(path, offset + e.start, partial=False) + 1
         raise DataError(
             f"{path}:{line}: not UTF-8 (byte {data[e.start]:#04x}: {e.reason}); "
             "convert the file, for example with iconv"
         ) from None
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return text if text.endswith("\n") else text + "\n"
+    return data
 
 
 def count_lines(path: PathLike, end: int | None = None, partial: bool = True) -> int:
@@ -150,12 +147,12 @@ def count_lines(path: PathLike, end: int | None = None, partial: bool = True) ->
     return lines + (partial and last not in (b"", b"\n", b"\r"))
 
 
-def count_words(span: Span, progress: Progress | None = None) -> Counter[str]:
+def count_words(span: Span, progress: Progress | None = None) -> dict[str, int]:
     """How often each word occurs in a span."""
-    counts: Counter[str] = Counter()
-    for text in blocks(span, progress):
-        counts.update(text.split())
-    return counts
+    counter = WordCounter()
+    for block in blocks(span, progress):
+        counter.add(block)
+    return counter.counts()
 
 
 class Encoder:
@@ -165,56 +162,35 @@ class Encoder:
         indices: word -> id.
         eos: id that ends a line.
         unk: id of words that are not known.
-        unk_word: the word that stands for it, which is not counted as replaced.
     """
 
-    def __init__(self, indices: Mapping[str, int], eos: int, unk: int, unk_word: str) -> None:
+    def __init__(self, indices: Mapping[str, int], eos: int, unk: int) -> None:
         size = max([*indices.values(), eos, unk]) + 1  # the last symbol is never overwritten
         self.dtype = best_dtype(size).newbyteorder("<")
-        self.unk, self.eos, self._unk_word = unk, eos, unk_word
-        # Bytes, not numbers: joining them makes the array without boxing or unboxing anything.
-        self._table = {word: self._bytes(index) for word, index in indices.items()}
-        self._unk_bytes = self._bytes(unk)
-        # Ends a line; a value that no id has, as a literal "</s>" in the text must not end one.
-        self._line_end = np.iinfo(self.dtype).max
-        self._mark = "\x00"
-        self._choose_mark("")
+        self.unk, self.eos = unk, eos
+        self._table = WordTable(list(indices), list(indices.values()))
 
     @classmethod
     def of(cls, dictionary: Dictionary) -> Encoder:
         """The encoder of a dictionary, storing ids in the type that its size asks for."""
-        return cls(dictionary.indices, dictionary.eos(), dictionary.unk(), dictionary.unk_word)
+        return cls(dictionary.indices, dictionary.eos(), dictionary.unk())
 
-    def _bytes(self, index: int) -> bytes:
-        return np.array(index, dtype=self.dtype).tobytes()
-
-    def _choose_mark(self, text: str) -> None:
-        self._table.pop(self._mark, None)
-        while self._mark in self._table or self._mark in text:
-            self._mark += "\x01"
-        self._table[self._mark] = self._bytes(self._line_end)
-
-    def encode(self, text: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], int]:
+    def encode(self, block: Block) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], int]:
         """Encode whole lines.
-
-        Args:
-            text: lines, each ended by LF.
 
         Returns:
             The ids of all lines, eos after each; the length of each line; how many words were
-            replaced by the unknown word.
+            replaced by the unknown word (which may itself stand in the text: that is not counted).
         """
-        if self._mark in text:
-            self._choose_mark(text)
-        words = text.replace("\n", f" {self._mark} ").split()
-        data = b"".join(map(self._table.get, words, itertools.repeat(self._unk_bytes)))
-        ids = np.frombuffer(bytearray(data), dtype=self.dtype)
-        ends = np.flatnonzero(ids == self._line_end)
-        ids[ends] = self.eos
-        replaced = int(np.count_nonzero(ids == self.unk))
-        if replaced and self._unk_word in text:
-            replaced -= words.count(self._unk_word)
-        return ids, np.diff(ends, prepend=-1), replaced
+        numbers = self._table.look_up(block.hashes())
+        unknown = np.flatnonzero(numbers == UNKNOWN)
+        numbers[unknown] = self.unk
+        sizes = block.line_sizes() + 1
+        ids = np.full(len(numbers) + len(sizes), self.eos, dtype=self.dtype)
+        is_word = np.ones(len(ids), dtype=bool)
+        is_word[block.words_before + np.arange(len(sizes))] = False
+        ids[is_word] = numbers
+        return ids, sizes, len(unknown)
 
 
 def encode_span(
@@ -224,8 +200,8 @@ def encode_span(
     writer = IndexedWriter(prefix, encoder.dtype)
     total = Summary()
     try:
-        for text in blocks(span, progress):
-            ids, sizes, replaced = encoder.encode(text)
+        for block in blocks(span, progress):
+            ids, sizes, replaced = encoder.encode(block)
             writer.add_block(ids, sizes)
             total += Summary(len(sizes), len(ids), replaced)
         writer.finalize()
@@ -240,14 +216,14 @@ def encode_alignments(path: PathLike, prefix: PathLike) -> int:
     Raises:
         DataError: a pair that is not two numbers; the message names file and line.
     """
-    span = spans(path, 1)[0]
+    name = os.fspath(path)
+    open_text(name).close()
     writer = IndexedWriter(prefix, best_dtype(None))
     number = 0
     try:
-        for text in blocks(span):
-            for line in text[:-1].split("\n"):
-                number += 1
-                writer.add(parse_alignment(line, f"{span.path}:{number}"))
+        with open(name, encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, start=1):
+                writer.add(parse_alignment(line, f"{name}:{number}"))
         writer.finalize()
     finally:
         writer.close()

@@ -239,12 +239,7 @@ class _Preprocessing:
 
     def _binarize(self, path: str, dictionary: Dictionary, output: str) -> Summary:
         parts = self._spans(path)
-        encoder = (
-            dictionary.indices,
-            dictionary.eos(),
-            dictionary.unk(),
-            dictionary.unk_word,
-        )
+        encoder = (dictionary.indices, dictionary.eos(), dictionary.unk())
         prefixes = [output] if len(parts) == 1 else [f"{output}.pt{i}" for i in range(len(parts))]
         jobs = [encode_job(s, encoder, p) for s, p in zip(parts, prefixes, strict=True)]
         with _ProgressBar(path, parts[-1].end) as progress:
