@@ -21,7 +21,6 @@ from fairseq_lite.data.dictionary import Dictionary
 from fairseq_lite.data.iterators import EpochBatchIterator
 from fairseq_lite.errors import ConfigError, DataError
 from fairseq_lite.models.api import ARCHITECTURES, Model
-from fairseq_lite.parallel.world import World
 from fairseq_lite.registry import Registry
 
 if TYPE_CHECKING:
@@ -134,12 +133,14 @@ class Task(ABC):
         split: str,
         limits: BatchLimits,
         *,
-        world: World,
         seed: int,
         epoch: int = 1,
+        world_size: int = 1,
+        rank: int = 0,
         num_workers: int = 0,
+        pin_memory: bool = False,
     ) -> EpochBatchIterator:
-        """Batches of a loaded split, epoch after epoch, shared out over the ranks of `world`.
+        """Batches of a loaded split, epoch after epoch, shared out over the ranks.
 
         Batches are made once, from the seed alone: a resumed run has those of the uninterrupted
         one. Their order changes with the epoch.
@@ -161,11 +162,11 @@ class Task(ABC):
             dataset,
             batches,
             seed=seed,
-            world_size=world.size,
-            rank=world.rank,
+            world_size=world_size,
+            rank=rank,
             num_workers=num_workers,
             epoch=epoch,
-            pin_memory=world.device.type == "cuda",
+            pin_memory=pin_memory,
         )
 
     # -- models and losses ----------------------------------------------------------------------

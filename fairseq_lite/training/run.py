@@ -399,10 +399,9 @@ class TrainingRun:
         data = self.task.batch_iterator(
             cfg.train_subset,
             self._limits(cfg.max_tokens, cfg.batch_size, skip_invalid=True),
-            world=self.world,
             seed=self.run.common.seed,
             epoch=epoch,
-            num_workers=cfg.num_workers,
+            **self._sharing(),
         )
         self.trainer.dummy_batch = data.first_batch()
         return data
@@ -422,12 +421,20 @@ class TrainingRun:
                     cfg.batch_size_valid or cfg.batch_size,
                     skip_invalid=cfg.skip_invalid_size_inputs_valid_test,
                 ),
-                world=self.world,
                 seed=self.run.common.seed,
-                num_workers=cfg.num_workers,
+                **self._sharing(),
             )
             self._valid_dummies[subset] = self._valid_iterators[subset].first_batch()
         return self._valid_iterators[subset]
+
+    def _sharing(self) -> dict[str, Any]:
+        world = self.world
+        return {
+            "world_size": world.size,
+            "rank": world.rank,
+            "num_workers": self.run.dataset.num_workers,
+            "pin_memory": world.device.type == "cuda",
+        }
 
     def _limits(
         self, max_tokens: int | None, batch_size: int | None, *, skip_invalid: bool

@@ -1,0 +1,22 @@
+"""flite-validate: the loss of a checkpoint, and its BLEU, on splits of a data folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from fairseq_lite.builtins import load_builtins
+from fairseq_lite.config.parse import parse
+from fairseq_lite.training.evaluation import evaluate
+from fairseq_lite_cli.entry import run_command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line and validate."""
+    registries = load_builtins()
+    run = parse("flite-validate", sys.argv[1:] if argv is None else argv, registries)
+    evaluate(run, registries)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("flite-validate", main))
