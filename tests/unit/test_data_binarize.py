@@ -111,8 +111,7 @@ def test_undecodable_bytes_are_named(tmp_path: Path, monkeypatch, content, line,
     monkeypatch.setattr(binarize, "BLOCK", 64)
     (tmp_path / "t").write_bytes(content)
     with pytest.raises(DataError, match=f"t:{line}: not UTF-8"):
-        for span in spans(tmp_path / "t", parts):
-            count_words(span)
+        list(map(count_words, spans(tmp_path / "t", parts)))
 
 
 def test_missing_text() -> None:
