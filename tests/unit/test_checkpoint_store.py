@@ -143,7 +143,8 @@ def test_a_file_cut_short_is_one_line(tmp_path_factory, share):
     (folder / "cut.pt").write_bytes(data[: int(len(data) * share)])
     with pytest.raises(CheckpointError) as caught:
         store.load(folder / "cut.pt")
-    assert "cut.pt" in str(caught.value) and "\n" not in str(caught.value)
+    assert "cut.pt" in str(caught.value) and "cut short" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_one_changed_byte_in_the_weights_is_noticed(whole):

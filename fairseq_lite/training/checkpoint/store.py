@@ -198,10 +198,18 @@ def load(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not enough memory to load it") from e
     # Whatever a damaged file makes torch's reader trip over, the user's answer is the same.
     except Exception as e:
+        if _is_cut_short(path):
+            raise CheckpointError(f"{path}: is cut short (an unfinished copy or download?)") from e
         raise CheckpointError(
             f"{path}: cannot be read as a checkpoint: it is cut short, damaged or another kind "
             f"of file ({_first_line(e)})"
         ) from e
+
+
+def _is_cut_short(path: Path) -> bool:
+    """Whether a file begins as an archive and lacks the directory at its end."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(file)
 
 
 def _as_mapping(path: Path, state: Any) -> dict[str, Any]:
