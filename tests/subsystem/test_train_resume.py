@@ -1,0 +1,191 @@
+"""Stopped at any update, killed while training or while saving: the rest is as if it never was."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fairseq_lite.training.checkpoint import store
+from tests.helpers.commands import REPOSITORY, flite
+from tests.helpers.toy import ADAM, TINY_MODEL
+
+# 200 pairs in batches of 16 are 13 updates an epoch, so 30 updates are in the middle of the third.
+TOTAL = 30
+FLAGS = [
+    *TINY_MODEL,
+    *ADAM,
+    *("--batch-size", "16", "--log-format", "json", "--log-interval", "1", "--cpu"),
+    *("--lr-scheduler", "inverse_sqrt", "--warmup-updates", "10", "--clip-norm", "1.0"),
+    *("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"),
+]
+
+
+def arguments(data: Path, save_dir: Path, *more: object) -> list[str]:
+    log = save_dir.with_suffix(".log")
+    words = [data, *FLAGS, "--save-dir", save_dir, "--log-file", log, *more]
+    return [str(word) for word in words]
+
+
+def train(data: Path, save_dir: Path, *more: object) -> None:
+    assert flite("train", *arguments(data, save_dir, *more)) == 0
+
+
+def updates(save_dir: Path) -> dict[str, dict[str, Any]]:
+    """What the log says of each update, timings left out; an update done twice must say the same."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in save_dir.with_suffix(".log").read_text().splitlines():
+        if " | train_inner | " in line:
+            record = json.loads(line.split(" | train_inner | ")[1])
+            for timing in ("wps", "ups", "train_wall", "wall"):
+                record.pop(timing, None)
+            number = record["num_updates"]
+            assert found.setdefault(number, record) == record
+    return found
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Equal to the last bit: weights, optimizer, and what the log said of every update."""
+    first, second = (store.load(folder / "checkpoint_last.pt") for folder in (one, other))
+    for name, tensor in first["model"].items():
+        assert torch.equal(tensor, second["model"][name]), name
+    states = [state["last_optimizer_state"]["state"] for state in (first, second)]
+    assert states[0].keys() == states[1].keys()
+    for number, state in states[0].items():
+        for key, value in state.items():
+            same = states[1][number][key]
+            assert torch.equal(value, same) if isinstance(value, torch.Tensor) else value == same
+    iterators = [state["extra_state"]["train_iterator"] for state in (first, second)]
+    assert iterators[0] == iterators[1]
+    assert updates(one) == updates(other)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "checkpoints"
+    train(toy_data, folder, "--max-update", TOTAL, "--no-epoch-checkpoints")
+    return folder
+
+
+@pytest.mark.parametrize("stop", [1, 7, 13, 20])
+def test_stopped_and_resumed(
+    stop: int, toy_data: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    train(toy_data, folder, "--max-update", stop, "--no-epoch-checkpoints")
+    train(toy_data, folder, "--max-update", TOTAL, "--no-epoch-checkpoints")
+    assert_same_end(folder, uninterrupted)
+
+
+def test_a_bug_in_resuming_is_noticed(
+    toy_data: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout that depends on the time since the start is what goes wrong most easily."""
+    folder = tmp_path / "checkpoints"
+    train(toy_data, folder, "--max-update", 7)
+    monkeypatch.setattr("fairseq_lite.training.trainer.Trainer._seed_step", lambda self: None)
+    train(toy_data, folder, "--max-update", TOTAL)
+    with pytest.raises(AssertionError):
+        assert_same_end(folder, uninterrupted)
+
+
+def start(data: Path, save_dir: Path, *more: object) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "fairseq_lite_cli.train", *arguments(data, save_dir, *more)]
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=REPOSITORY
+    )
+
+
+def test_killed_in_mid_epoch(toy_data: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    often = ("--max-update", TOTAL, "--no-epoch-checkpoints", "--save-interval-updates", 4)
+    process = start(toy_data, folder, *often, "--keep-interval-updates", 1)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if '"num_updates": "18"' in line:
+            process.kill()
+            break
+    assert process.wait() == -signal.SIGKILL
+    assert store.load(folder / "checkpoint_last.pt")["optimizer_history"][0]["num_updates"] >= 16
+    train(toy_data, folder, *often)
+    assert_same_end(folder, uninterrupted)
+
+
+KILLS_ITSELF = '''
+"""Ends the process, as kill -9 would, in the middle of writing its second checkpoint."""
+
+import os
+import signal
+
+from fairseq_lite.training.checkpoint import store
+
+written = {"files": 0}
+real_save, real_write = store.save, store._Recorder.write
+
+
+def save(path, state):
+    written["files"] += 1
+    real_save(path, state)
+
+
+def write(self, data):
+    if written["files"] == 2:
+        half = bytes(data)[: max(1, len(data) // 2)]
+        real_write(self, half)
+        self.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real_write(self, data)
+
+
+store.save, store._Recorder.write = save, write
+'''
+
+
+def test_killed_in_mid_save(toy_data: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    plugin = tmp_path / "kills_itself"
+    plugin.mkdir()
+    (plugin / "__init__.py").write_text(KILLS_ITSELF)
+    folder = tmp_path / "checkpoints"
+    often = ("--max-update", TOTAL, "--no-epoch-checkpoints", "--save-interval-updates", 9)
+    process = start(toy_data, folder, *often, "--user-dir", plugin)
+    process.communicate(timeout=100)
+    assert process.returncode == -signal.SIGKILL
+    assert any(folder.glob("*.tmp")), "the kill was in the middle of a write"
+    assert store.load(folder / "checkpoint_last.pt")["optimizer_history"][0]["num_updates"] == 9
+    train(toy_data, folder, *often)
+    assert not any(folder.glob("*.tmp"))
+    assert_same_end(folder, uninterrupted)
+
+
+def test_asked_to_end_it_saves_first(toy_data: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    process = start(toy_data, folder, "--max-update", 100000, "--disable-validation")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if '"num_updates": "5"' in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait(timeout=30) == 0
+    assert "asked to end" in rest and "done training" in rest
+    done = store.load(folder / "checkpoint_last.pt")["optimizer_history"][0]["num_updates"]
+    assert 5 <= done < 10000
+    if done < TOTAL:
+        train(toy_data, folder, "--max-update", TOTAL, "--no-epoch-checkpoints")
+        assert_same_end(folder, uninterrupted)
+
+
+@pytest.mark.timeout(180)
+def test_two_processes_resume(toy_data: Path, tmp_path: Path) -> None:
+    two = ("--distributed-world-size", 2, "--no-epoch-checkpoints", "--disable-validation")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(toy_data, whole, *two, "--max-update", 10)
+    train(toy_data, parts, *two, "--max-update", 4)
+    train(toy_data, parts, *two, "--max-update", 10)
+    assert_same_end(whole, parts)
