@@ -18,7 +18,7 @@ from fairseq_lite.builtins import load_builtins
 from fairseq_lite.config.core import Choice, CommonConfig, RunConfig
 from fairseq_lite.config.parse import parse
 from fairseq_lite.config.serial import to_plain
-from fairseq_lite.data.text.api import build_bpe, build_tokenizer
+from fairseq_lite.data.text.api import build_codecs
 from fairseq_lite.errors import ConfigError
 from fairseq_lite.generation.evaluate import PieceWatch, Texts, add_to
 from fairseq_lite.generation.output import lines
@@ -140,21 +140,7 @@ def codecs(run: RunConfig, task: Task) -> tuple[Callable[[str], str], Callable[[
         getattr(task.cfg, name) if hasattr(task.cfg, name) else None
         for name in ("source_lang", "target_lang")
     ]
-    tokenizer = build_tokenizer(run.tokenizer, *languages)
-    subword = build_bpe(run.bpe)
-    parts = [codec for codec in (tokenizer, subword) if codec is not None]
-
-    def encode(text: str) -> str:
-        for codec in parts:
-            text = codec.encode(text)
-        return text
-
-    def decode(text: str) -> str:
-        for codec in reversed(parts):
-            text = codec.decode(text)
-        return text
-
-    return encode, decode
+    return build_codecs(run.tokenizer, run.bpe, *languages)
 
 
 def make_scorer(run: RunConfig) -> Scorer:

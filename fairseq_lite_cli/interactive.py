@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,9 @@ from fairseq_lite.builtins import load_builtins
 from fairseq_lite.config.core import RunConfig
 from fairseq_lite.config.parse import parse
 from fairseq_lite.config.serial import to_plain
-from fairseq_lite.data.indexed import MemoryDataset
-from fairseq_lite.data.pairs import PairDataset
 from fairseq_lite.errors import ConfigError, DataError
 from fairseq_lite.generation.evaluate import Translated
+from fairseq_lite.generation.lines import translate_lines
 from fairseq_lite.generation.output import output_lines
 from fairseq_lite.generation.session import Session, place
 from fairseq_lite.tasks.api import Task, build_task, resolve_max_positions
@@ -131,49 +130,25 @@ def translate(
     run: RunConfig, task: Task, session: Session, lines: list[str], first: int, limits: Any
 ) -> list[tuple[Translated, float]]:
     """Translate one buffer; every line has its record, in order, with its share of the time."""
-    source = task.source_dictionary
-    if source is None:
+    if task.source_dictionary is None:
         raise ConfigError(f"--task {run.task.name}: this task has no source dictionary")
-    dataset = PairDataset(
-        MemoryDataset.of([source.encode_line(line) for line in lines]),
-        None,
-        source,
-        task.target_dictionary,
-        left_pad_source=_left_pad(task),
-    )
     cfg = run.dataset
     by_size = cfg.max_tokens is not None or cfg.batch_size is not None
-    batches = dataset.batches(
+    return translate_lines(
+        session,
+        lines,
+        task.source_dictionary,
+        task.target_dictionary,
+        left_pad_source=_left_pad(task),
         max_tokens=cfg.max_tokens,
         max_sentences=cfg.batch_size if by_size else 1,
         max_positions=limits,
-        skip_invalid=True,
-        seed=run.common.seed,
-        name="input",
+        first=first,
     )
-    found: dict[int, tuple[Translated, float]] = {}
-    for batch in batches:
-        found.update(_run(session.translate, dataset, batch, first))
-    for index in range(len(lines)):
-        if first + index not in found:
-            found.update(_run(session.untranslated, dataset, [index], first))
-    return [found[first + index] for index in range(len(lines))]
 
 
 def _left_pad(task: Task) -> bool:
     return bool(task.cfg.left_pad_source) if hasattr(task.cfg, "left_pad_source") else True
-
-
-def _run(
-    function: Callable[[Any], list[Translated]], dataset: PairDataset, batch: Any, first: int
-) -> dict[int, tuple[Translated, float]]:
-    sample = dataset.collate(batch)
-    # Numbers run on from buffer to buffer.
-    sample["id"] = sample["id"] + first
-    start = time.perf_counter()
-    results = function(sample)
-    seconds = (time.perf_counter() - start) / max(len(results), 1)
-    return {one.id: (one, seconds) for one in results}
 
 
 def show(one: Translated, seconds: float) -> None:

@@ -7,7 +7,7 @@ round. Both are strings with spaces between pieces, which is what `dict.txt` and
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,29 @@ def build_bpe(choice: Choice) -> Subword | None:
         return None
     subword: Subword = BPE.get(choice.name).factory(choice.config)
     return subword
+
+
+def build_codecs(
+    tokenizer: Choice,
+    bpe: Choice,
+    source_lang: str | None = None,
+    target_lang: str | None = None,
+) -> tuple[Callable[[str], str], Callable[[str], str]]:
+    """Raw text to segmented text (tokenizer, then subwords), and back."""
+    both = (build_tokenizer(tokenizer, source_lang, target_lang), build_bpe(bpe))
+    parts = [codec for codec in both if codec is not None]
+
+    def encode(text: str) -> str:
+        for codec in parts:
+            text = codec.encode(text)
+        return text
+
+    def decode(text: str) -> str:
+        for codec in reversed(parts):
+            text = codec.decode(text)
+        return text
+
+    return encode, decode
 
 
 def required_file(path: str | None, flag: str) -> Path:

@@ -1,0 +1,76 @@
+"""Lines of text through a session, in input order: for the terminal and for Python."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fairseq_lite.data.dictionary import Dictionary
+from fairseq_lite.data.indexed import MemoryDataset
+from fairseq_lite.data.pairs import PairDataset
+from fairseq_lite.generation.evaluate import Translated
+from fairseq_lite.generation.session import Session
+
+
+def translate_lines(
+    session: Session,
+    lines: Sequence[str],
+    source: Dictionary,
+    target: Dictionary | None,
+    *,
+    left_pad_source: bool = True,
+    max_tokens: int | None = None,
+    max_sentences: int | None = None,
+    max_positions: Any = None,
+    first: int = 0,
+) -> list[tuple[Translated, float]]:
+    """Translate segmented lines; every line has its record, in order.
+
+    Args:
+        session: the generator with its models and texts.
+        lines: symbols of the source dictionary, separated by spaces.
+        source: the source dictionary.
+        target: the target dictionary.
+        left_pad_source: as in training.
+        max_tokens: tokens in a batch, padding included.
+        max_sentences: lines in a batch.
+        max_positions: the longest source; longer lines get an empty output of score -inf.
+        first: the number of the first line.
+
+    Returns:
+        For each line its record and its share of its batch's seconds.
+    """
+    dataset = PairDataset(
+        MemoryDataset.of([source.encode_line(line) for line in lines]),
+        None,
+        source,
+        target,
+        left_pad_source=left_pad_source,
+    )
+    batches = dataset.batches(
+        max_tokens=max_tokens,
+        max_sentences=max_sentences,
+        max_positions=max_positions,
+        skip_invalid=True,
+        name="input",
+    )
+    found: dict[int, tuple[Translated, float]] = {}
+    for batch in batches:
+        found.update(_run(session.translate, dataset, batch, first))
+    for index in range(len(lines)):
+        if first + index not in found:
+            found.update(_run(session.untranslated, dataset, [index], first))
+    return [found[first + index] for index in range(len(lines))]
+
+
+def _run(
+    function: Callable[[Any], list[Translated]], dataset: PairDataset, batch: Any, first: int
+) -> dict[int, tuple[Translated, float]]:
+    sample = dataset.collate(batch)
+    # Numbers run on from buffer to buffer.
+    sample["id"] = sample["id"] + first
+    start = time.perf_counter()
+    results = function(sample)
+    seconds = (time.perf_counter() - start) / max(len(results), 1)
+    return {one.id: (one, seconds) for one in results}
