@@ -27,8 +27,10 @@ from fairseq_lite.optim.precision import make_precision
 from fairseq_lite.parallel.api import BACKENDS
 from fairseq_lite.parallel.world import World
 from fairseq_lite.tasks.api import BatchLimits, Sample, build_task, resolve_max_positions
+from fairseq_lite.training.checkpoint import store
 from fairseq_lite.training.checkpoint.manager import CheckpointManager, Saving
 from fairseq_lite.training.decisions import decide
+from fairseq_lite.training.ema import MovingAverage
 from fairseq_lite.training.loggers import Progress, ProgressLogs, setup_logging
 from fairseq_lite.training.metrics import TrainMetrics, valid_report
 from fairseq_lite.training.state import EarlyStopping, TrainState, is_better
@@ -150,6 +152,7 @@ class TrainingRun:
                 world_size=world.size,
             ),
             state=TrainState(),
+            average=MovingAverage(run.ema, model) if run.ema.store_ema else None,
         )
 
     def _load_valid_subsets(self) -> list[str]:
@@ -350,19 +353,37 @@ class TrainingRun:
                 trainer.schedule.load_state_dict(restored.schedule)
             if restored.metrics is not None:
                 self.metrics.load_state_dict(restored.metrics)
-            self._load_extra(restored.extra)
+            self._load_extra(restored.extra, metrics_too=restored.metrics is None)
             data = self._train_iterator(restored.epoch)
             if restored.train_iterator is not None:
                 data.load_state_dict(restored.train_iterator)
+        self._restore_average({} if restored is None else restored.extra)
         state.epoch = data.epoch
         trainer.schedule.apply(trainer.optimizer, state.num_updates, state.epoch)
         return data
 
-    def _load_extra(self, extra: Mapping[str, Any]) -> None:
+    def _load_extra(self, extra: Mapping[str, Any], metrics_too: bool) -> None:
+        """Take over what fairseq's files do not hold."""
         if "precision" in extra:
             self.trainer.precision.load_state_dict(extra["precision"])
-        if "early_stopping" in extra and not self.run.checkpoint.reset_meters:
-            self.stopping.load_state_dict(extra["early_stopping"])
+        if not self.run.checkpoint.reset_meters:
+            if "early_stopping" in extra:
+                self.stopping.load_state_dict(extra["early_stopping"])
+            if metrics_too and "train_inner" in extra:
+                # At the start of an epoch only the epoch's own meters begin anew.
+                self.metrics.load_state_dict({"train_inner": extra["train_inner"]})
+
+    def _restore_average(self, extra: Mapping[str, Any]) -> None:
+        """The moving average goes on, or begins with --ema-seed-model or the restored weights."""
+        average, seed = self.trainer.average, self.run.ema.ema_seed_model
+        if average is None:
+            return
+        if "ema" in extra:
+            average.load_state_dict(extra["ema"])
+        elif seed is not None:
+            average.load(self.trainer.model.upgrade_state_dict(store.load(seed)["model"]))
+        else:
+            average.load(self.trainer.model.state_dict())
 
     def _save(self, data: EpochBatchIterator, metric: float | None, end_of_epoch: bool) -> None:
         self.checkpoints.save(self._saving(data, metric, end_of_epoch))
@@ -384,11 +405,19 @@ class TrainingRun:
             train_iterator=data.state_dict(),
             training_time=state.training_time(),
             metrics=self.metrics.state_dict(),
-            extra={
-                "precision": trainer.precision.state_dict(),
-                "early_stopping": self.stopping.state_dict(),
-            },
+            extra=self._extra(),
         )
+
+    def _extra(self) -> dict[str, Any]:
+        """What an exact restart needs beyond fairseq's keys."""
+        extra = {
+            "precision": self.trainer.precision.state_dict(),
+            "early_stopping": self.stopping.state_dict(),
+            "train_inner": self.metrics.inner.state(),
+        }
+        if self.trainer.average is not None:
+            extra["ema"] = self.trainer.average.state_dict()
+        return extra
 
     # -- data -----------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from fairseq_lite.parallel.api import Backend
 from fairseq_lite.parallel.world import World
 from fairseq_lite.tasks.api import Sample, Task, to_device
 from fairseq_lite.training.diagnosis import describe_batch, explaining_failure, first_nonfinite
+from fairseq_lite.training.ema import MovingAverage
 from fairseq_lite.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Trainer:
         schedule: the learning rate as a function of updates and epoch.
         precision: how numbers are represented.
         state: the counters.
+        average: a moving average of the weights to keep up, or None.
 
     Attributes:
         dummy_batch: what a rank computes on, with weight zero, when it has no data.
@@ -83,6 +85,7 @@ class Trainer:
         schedule: Schedule,
         precision: Precision,
         state: TrainState,
+        average: MovingAverage | None = None,
     ) -> None:
         self.cfg = cfg
         self.seed = seed
@@ -95,6 +98,7 @@ class Trainer:
         self.schedule = schedule
         self.precision = precision
         self.state = state
+        self.average = average
         self.dummy_batch: Sample = {}
         self.stop_requested = False
         self._stop_asked = False
@@ -149,6 +153,8 @@ class Trainer:
         self.optimizer.step()
         self.precision.succeeded()
         self.state.num_updates += 1
+        if self.average is not None:
+            self.average.update(self.model, self.state.num_updates)
         self.schedule.apply(self.optimizer, self.state.num_updates, self.state.epoch)
         return totals, norm
 

@@ -38,7 +38,7 @@ def train(data: Path, save_dir: Path, *more: object) -> None:
 
 
 def updates(save_dir: Path) -> dict[str, dict[str, Any]]:
-    """What the log says of each update, timings left out; an update done twice must say the same."""
+    """What the log says of each update, timings left out; one done twice must say the same."""
     found: dict[str, dict[str, Any]] = {}
     for line in save_dir.with_suffix(".log").read_text().splitlines():
         if " | train_inner | " in line:
@@ -81,6 +81,27 @@ def test_stopped_and_resumed(
     train(toy_data, folder, "--max-update", stop, "--no-epoch-checkpoints")
     train(toy_data, folder, "--max-update", TOTAL, "--no-epoch-checkpoints")
     assert_same_end(folder, uninterrupted)
+
+
+@pytest.mark.parametrize("stop", [13, 17])
+def test_intervals_of_the_log_and_the_moving_average_go_on(
+    stop: int, toy_data: Path, tmp_path: Path
+) -> None:
+    more = ("--log-interval", 5, "--store-ema", "--ema-decay", 0.9, "--ema-update-freq", 2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(toy_data, whole, *more, "--max-update", TOTAL, "--no-epoch-checkpoints")
+    train(toy_data, parts, *more, "--max-update", stop, "--no-epoch-checkpoints")
+    train(toy_data, parts, *more, "--max-update", TOTAL, "--no-epoch-checkpoints")
+    assert_same_end(whole, parts)
+    averages = [
+        store.load(folder / "checkpoint_last.pt")["fairseq_lite"]["extra"]["ema"]
+        for folder in (whole, parts)
+    ]
+    name = "encoder.layers.0.fc1.weight"
+    assert torch.equal(averages[0][name], averages[1][name])
+    assert not torch.equal(
+        averages[0][name], store.load(whole / "checkpoint_last.pt")["model"][name]
+    )
 
 
 def test_a_bug_in_resuming_is_noticed(

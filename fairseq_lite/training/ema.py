@@ -1,0 +1,61 @@
+"""An exponential moving average of the weights (`--store-ema`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_lite.config.core import EMAConfig
+
+
+class MovingAverage:
+    """The average of a model's weights over its updates.
+
+    After update u::
+
+        average = weights                                      u < --ema-start-update
+        average = decay * average + (1 - decay) * weights      otherwise, every --ema-update-freq
+
+    Weights are float32 here whatever precision computes with them, so the average is too, and
+    --ema-fp32 asks for nothing more.
+
+    Args:
+        cfg: the flags.
+        model: the model; its present weights begin the average.
+    """
+
+    def __init__(self, cfg: EMAConfig, model: nn.Module) -> None:
+        self.cfg = cfg
+        self._average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self._since = 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, num_updates: int) -> None:
+        """Take an update of `model` into the average."""
+        self._since += 1
+        if self._since < self.cfg.ema_update_freq:
+            return
+        self._since = 0
+        decay = 0.0 if num_updates < self.cfg.ema_start_update else self.cfg.ema_decay
+        for name, value in model.state_dict().items():
+            average = self._average[name]
+            if average.is_floating_point():
+                average.mul_(decay).add_(value.to(average), alpha=1 - decay)
+            else:
+                average.copy_(value)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Go on from an average, or begin with the weights of a model."""
+        for name, average in self._average.items():
+            average.copy_(weights[name])
+
+    def state_dict(self) -> dict[str, Tensor | int]:
+        """The average under the model's names, and the updates not taken in yet."""
+        return {**self._average, "_since": self._since}
+
+    def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
+        """Take over what `state_dict` gave."""
+        self._since = int(state["_since"])
+        self.load({k: v for k, v in state.items() if isinstance(v, Tensor)})
