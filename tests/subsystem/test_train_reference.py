@@ -1,4 +1,4 @@
-"""The same training as fairseq's: from its initial weights, its first updates to the printed digits."""
+"""The same training as fairseq: its initial weights, its first updates, to the printed digits."""
 
 from __future__ import annotations
 
