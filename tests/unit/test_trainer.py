@@ -115,7 +115,7 @@ def make(
 
 
 def weight(trainer: Trainer) -> float:
-    return float(next(trainer.model.parameters()))
+    return next(trainer.model.parameters()).item()
 
 
 def test_micro_batches_of_any_size_are_one_batch() -> None:
