@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -21,19 +22,19 @@ import sentencepiece
 
 PIECES = 800
 
-# Small enough for two cores: about two million parameters.
+# Small enough for two cores: six hundred thousand parameters.
 MODEL = """
     --arch transformer --share-all-embeddings
-    --encoder-layers 2 --encoder-embed-dim 192 --encoder-ffn-embed-dim 576
+    --encoder-layers 2 --encoder-embed-dim 128 --encoder-ffn-embed-dim 256
     --encoder-attention-heads 4
-    --decoder-layers 2 --decoder-embed-dim 192 --decoder-ffn-embed-dim 576
+    --decoder-layers 2 --decoder-embed-dim 128 --decoder-ffn-embed-dim 256
     --decoder-attention-heads 4
 """
 TRAINING = """
-    --optimizer adam --adam-betas 0.9,0.98 --clip-norm 1.0 --weight-decay 0.0001
+    --optimizer adam --adam-betas 0.9,0.98 --clip-norm 1.0
     --lr 4e-3 --lr-scheduler inverse_sqrt --warmup-updates 200 --dropout 0.1
     --criterion label_smoothed_cross_entropy --label-smoothing 0.1
-    --max-tokens 4000 --max-update 1200 --seed 1
+    --max-tokens 2000 --max-update 1200 --seed 1
     --no-epoch-checkpoints --log-format simple --log-interval 100
 """
 
@@ -48,24 +49,38 @@ class Step:
         print(f"\n== {title}  [{time.monotonic() - self.start:.0f} s]", flush=True)
 
 
-def run(command: str, *args: object, output: Path | None = None) -> None:
+def run(command: str, *args: object, log: Path, show: str = "") -> list[str]:
     """Run one of the commands, showing it as one would type it.
 
     Args:
         command: its name after `flite-`.
         args: its arguments.
-        output: a file for what it prints; the terminal when None.
+        log: a file for all it prints.
+        show: a pattern; the lines that contain it are printed here, too.
+
+    Returns:
+        The lines it printed.
     """
     words = [str(arg) for arg in args]
-    print("$ flite-" + command, shlex.join(words) + (f" > {output}" if output else ""), flush=True)
+    print(f"$ flite-{command} {shlex.join(words)}", flush=True)
     call = [sys.executable, "-m", f"fairseq_lite_cli.{command}", *words]
-    if output is None:
-        done = subprocess.run(call)
-    else:
-        with output.open("w", encoding="utf-8") as stream:
-            done = subprocess.run(call, stdout=stream)
-    if done.returncode:
-        sys.exit(f"flite-{command} failed with status {done.returncode}")
+    lines = []
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(
+            call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip("\n"))
+            file.write(line)
+            if show and re.search(show, line):
+                print(line, end="", flush=True)
+    if process.returncode:
+        print(*lines[-20:], sep="\n")
+        sys.exit(f"flite-{command} failed with status {process.returncode}; see {log}")
+    return lines
 
 
 def segment(raw: Path, out: Path, model: Path) -> None:
@@ -93,11 +108,10 @@ def segment(raw: Path, out: Path, model: Path) -> None:
         )
 
 
-def show(generated: Path, samples: int = 8) -> str:
-    """Print the first translations of a generation file; return its last line, the score."""
-    lines = generated.read_text(encoding="utf-8").splitlines()
+def show(generated: list[str], samples: int = 8) -> None:
+    """Print the first translations that flite-generate made, then BLEU and its signature."""
     by_kind: dict[str, dict[int, str]] = {"S": {}, "T": {}, "H": {}}
-    for line in lines:
+    for line in generated:
         kind, _, rest = line.partition("-")
         if kind in by_kind and "\t" in rest:
             number, *fields = rest.split("\t")
@@ -106,7 +120,10 @@ def show(generated: Path, samples: int = 8) -> str:
         source, target, output = (by_kind[kind].get(number, "") for kind in "STH")
         verdict = "" if output == target else f"   (reference: {target})"
         print(f"  {source}\n    -> {output}{verdict}")
-    return lines[-1]
+    print()
+    for line in generated:
+        if line.startswith("Generate test") or "signature: " in line:
+            print(line.rpartition(" | ")[2])
 
 
 def main() -> None:
@@ -130,27 +147,27 @@ def main() -> None:
     step("Preprocessing: text to dictionary and binary data")
     prefixes = [f"--{split}pref={text / split}" for split in ("train", "valid", "test")]
     languages = ["--source-lang", "en", "--target-lang", "de"]
-    run("preprocess", *languages, *prefixes, "--joined-dictionary", "--destdir", data)
+    preprocess = [*languages, *prefixes, "--joined-dictionary", "--destdir", data]
+    run("preprocess", *preprocess, log=out / "preprocess.log", show="Dictionary|sents")
 
-    step("Training a small Transformer")
+    step("Training a small Transformer; its loss and perplexity on sentences it has not seen")
     updates = ["--max-update", args.max_update] if args.max_update else []
-    logs = ["--log-file", out / "train.log", "--tensorboard-logdir", out / "tensorboard"]
-    train = [*MODEL.split(), *TRAINING.split(), *updates, "--save-dir", save, *logs]
-    run("train", data, *train)
+    train = [*MODEL.split(), *TRAINING.split(), *updates, "--save-dir", save]
+    train += ["--tensorboard-logdir", out / "tensorboard"]
+    run("train", data, *train, log=out / "train.log", show=r"params: \d|\| (train_inner|valid) \|")
 
     step("Translating the test set")
-    generated = out / "test.txt"
     search = ["--beam", 5, "--batch-size", 64, "--max-len-a", 1.2, "--max-len-b", 10]
     scoring = ["--remove-bpe", "sentencepiece", "--scoring", "sacrebleu"]
     best = save / "checkpoint_best.pt"
-    run("generate", data, "--path", best, *search, *scoring, output=generated)
+    generate = ["--path", best, *search, *scoring]
+    generated = run("generate", data, *generate, log=out / "test.txt", show="Translated")
 
     step("The first sentences of the test set, none of which was in the training data")
-    score = show(generated)
-    print(f"\n{score}")
+    show(generated)
     print(f"\ncheckpoints   {save}")
-    print(f"logs          {out / 'train.log'}, tensorboard --logdir {out / 'tensorboard'}")
-    print(f"translations  {generated}")
+    print(f"logs          {out / 'train.log'}, and tensorboard --logdir {out / 'tensorboard'}")
+    print(f"translations  {out / 'test.txt'}")
     print(f"all in        {time.monotonic() - step.start:.0f} seconds")
 
 
