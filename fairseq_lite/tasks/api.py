@@ -117,7 +117,7 @@ class Task(ABC):
         return split in self.datasets
 
     def unused_valid_subsets(self, used: Sequence[str]) -> list[str]:
-        """Valid splits in the data folder that are not among `used`."""
+        """Further valid splits in the data folder that are not among `used`."""
         return []
 
     def data_paths(self, epoch: int = 1) -> list[str]:

@@ -208,8 +208,9 @@ class TranslationTask(Task):
         return self._prefix(Path(data_folders(self.cfg)[0]), split) is not None
 
     def unused_valid_subsets(self, used: Sequence[str]) -> list[str]:
-        """Valid splits in the data folder that are not among `used`."""
-        found = itertools.takewhile(self.has_split, part_names("valid"))
+        """`valid1`, `valid2`, … in the data folder that are not among `used`."""
+        numbered = itertools.islice(part_names("valid"), 1, None)
+        found = itertools.takewhile(self.has_split, numbered)
         return [split for split in found if split not in used]
 
     # -- translating ----------------------------------------------------------------------------

@@ -163,6 +163,8 @@ class TrainingRun:
             self.task.load_dataset("valid", combine=True)
             return ["valid"]
         subsets = [name.strip() for name in cfg.valid_subset.split(",") if name.strip()]
+        for name in subsets:
+            self.task.load_dataset(name)
         unused = self.task.unused_valid_subsets(subsets)
         if unused and not cfg.ignore_unused_valid_subsets:
             raise ConfigError(
@@ -170,8 +172,6 @@ class TrainingRun:
                 f"name them (--valid-subset {','.join([*subsets, *unused])}), join them "
                 "(--combine-valid-subsets) or leave them out (--ignore-unused-valid-subsets)"
             )
-        for name in subsets:
-            self.task.load_dataset(name)
         return subsets
 
     # -- the epochs -----------------------------------------------------------------------------
