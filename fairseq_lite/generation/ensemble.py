@@ -83,7 +83,7 @@ class EnsembleDecoder:
         self.decoders = decoders
 
     def step(self, tokens: Tensor, parents: Tensor | None, temperature: float = 1.0) -> Tensor:
-        """Append tokens (B, K); log-probabilities (B, K, V) of the next, in fp32."""
+        """Append tokens; log-probabilities of the next, in fp32. See `IncrementalDecoder.step`."""
         parts = []
         for model, decoder in zip(self.models, self.decoders, strict=True):
             logits = decoder.step(tokens, parents)

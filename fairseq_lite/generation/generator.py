@@ -213,8 +213,10 @@ class _Search:
         return self.finished
 
     def _step(self, step: int) -> None:
-        logp = self.decoder.step(self.tokens[:, :, step], self.parents, self.cfg.temperature)
-        logp = self._constrain(step, logp)
+        # All beams begin alike: the first step is computed once a sentence.
+        tokens = self.tokens[:, :, step] if step else self.tokens[:, :1, 0]
+        logp = self.decoder.step(tokens, self.parents, self.cfg.temperature)
+        logp = self._constrain(step, logp).expand(-1, self.beam, -1)
         before = self.scores[:, :, step - 1] if step else self.scores[:, :, 0]
         found = self.strategy.step(step == 0, logp, before)
         ends = found.tokens.eq(self.eos) & found.scores.ne(-math.inf)
@@ -265,7 +267,7 @@ class _Search:
     def _force(self, logp: Tensor, wanted: Tensor) -> Tensor:
         """Leave only the prefix's token; returns which sentences (B,) still have one."""
         forced = wanted.ne(self.pad)
-        index = wanted[:, None, None].expand(-1, self.beam, 1)
+        index = wanted[:, None, None].expand(-1, logp.size(1), 1)
         only = torch.full_like(logp, -math.inf).scatter_(2, index, logp.gather(2, index))
         logp.copy_(torch.where(forced[:, None, None], only, logp))
         return forced
@@ -274,6 +276,8 @@ class _Search:
         tokens, banned = search.repeated(
             self.tokens[:, :, 1 : step + 1], self.cfg.no_repeat_ngram_size
         )
+        if not tokens.numel():
+            return
         if forced is not None:
             banned = banned & ~forced[:, None, None]
         price = torch.zeros_like(logp[:, :, : tokens.size(2)]).masked_fill_(banned, -math.inf)

@@ -1,0 +1,149 @@
+"""Sentences a second of beam search: flite-generate's generator and CTranslate2, the same weights.
+
+    pip install ctranslate2
+    python benchmarks/generate/compare.py [--threads 2] [--rounds 5]
+
+A transformer of the size of transformer_iwslt_de_en (6+6 layers, d 512, inner 1024, 10,000 symbols)
+with random weights translates batches of 64 sentences of 25 words with beam 5; the length of the
+outputs is forced, so both run the decoder 30 times. The contestants take turns, round by round,
+and each is given by its best round: on a shared machine the fastest round is the least disturbed.
+That both compute the same is checked first, sentence by sentence. Next to the speed stands the CPU
+time of a batch, which says more than the clock where other programs run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from fairseq_lite.config.core import GenerationConfig
+from fairseq_lite.data.dictionary import Dictionary
+from fairseq_lite.generation.generator import SequenceGenerator
+from fairseq_lite.models.config import TransformerConfig
+from fairseq_lite.models.transformer import TransformerModel
+
+SYMBOLS, BATCH, WORDS, STEPS, BEAM = 10_000, 64, 25, 30, 5
+
+
+def make_model(dictionary: Dictionary) -> TransformerModel:
+    task = SimpleNamespace(
+        source_dictionary=dictionary,
+        target_dictionary=dictionary,
+        max_positions=lambda: (1024, 1024),
+    )
+    torch.manual_seed(1)
+    cfg = TransformerConfig(
+        encoder_ffn_embed_dim=1024,
+        encoder_attention_heads=4,
+        decoder_ffn_embed_dim=1024,
+        decoder_attention_heads=4,
+        share_all_embeddings=True,
+    )
+    return TransformerModel.build(cfg, task).eval()
+
+
+def make_sources(dictionary: Dictionary) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    words = torch.randint(4, len(dictionary), (BATCH, WORDS), generator=generator)
+    return torch.cat([words, torch.full((BATCH, 1), dictionary.eos())], dim=1)
+
+
+def ours(
+    model: TransformerModel, dictionary: Dictionary, sources: torch.Tensor, length: int
+) -> Callable:
+    """Our generator; outputs have `length` words, and the end symbol takes one more step."""
+    generator = SequenceGenerator(
+        [model], dictionary, GenerationConfig(beam=BEAM, min_len=length, max_len_b=length)
+    )
+    lengths = torch.full((BATCH,), sources.size(1))
+    sample = {"net_input": {"src_tokens": sources, "src_lengths": lengths}}
+
+    def run() -> list[list[str]]:
+        found = generator.generate(sample)
+        return [[dictionary[i] for i in best.tokens.tolist()[:-1]] for best, *_ in found]
+
+    return run
+
+
+def theirs(
+    folder: Path, dictionary: Dictionary, sources: torch.Tensor, kind: str, inter: int, intra: int
+) -> Callable:
+    import ctranslate2
+
+    translator = ctranslate2.Translator(
+        str(folder), compute_type=kind, inter_threads=inter, intra_threads=intra
+    )
+    words = [[dictionary[i] for i in row] for row in sources.tolist()]
+
+    def run() -> list[list[str]]:
+        found = translator.translate_batch(
+            words,
+            beam_size=BEAM,
+            min_decoding_length=STEPS,
+            max_decoding_length=STEPS,
+            max_batch_size=BATCH // inter,
+            return_scores=True,
+        )
+        return [result.hypotheses[0] for result in found]
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-ctranslate2", action="store_true", help="time only ours")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    dictionary = Dictionary()
+    for i in range(SYMBOLS - 4):
+        dictionary.add_symbol(f"w{i}")
+    model = make_model(dictionary)
+    sources = make_sources(dictionary)
+    half = make_model(dictionary).to(torch.bfloat16)
+    runs = {
+        "fairseq-lite fp32": ours(model, dictionary, sources, STEPS - 1),
+        "fairseq-lite bf16": ours(half, dictionary, sources, STEPS - 1),
+    }
+    with tempfile.TemporaryDirectory() as name:
+        if not args.no_ctranslate2:
+            from ct2 import convert
+
+            convert(model, dictionary, Path(name))
+            n = args.threads
+            for kind in ("float32", "int8"):
+                for inter, intra in {(1, n), (n, 1)}:
+                    runs[f"CTranslate2 {kind}, {inter} x {intra} threads"] = theirs(
+                        Path(name), dictionary, sources, kind, inter, intra
+                    )
+        best = {name: float("inf") for name in runs}
+        cpu = dict(best)
+        reference = ours(model, dictionary, sources, STEPS)()
+        first = {name: run() for name, run in runs.items()}  # warm-up
+        first["fairseq-lite bf16"] = ours(half, dictionary, sources, STEPS)()
+        del first["fairseq-lite fp32"]
+        for name, texts in first.items():
+            same = sum(a == b for a, b in zip(texts, reference, strict=True))
+            print(f"{name}: {same} of {BATCH} outputs equal those of fairseq-lite fp32")
+        for _ in range(args.rounds):
+            for name, run in runs.items():
+                start, spent = time.perf_counter(), time.process_time()
+                run()
+                best[name] = min(best[name], time.perf_counter() - start)
+                cpu[name] = min(cpu[name], time.process_time() - spent)
+    speed = {name: round(BATCH / seconds, 1) for name, seconds in best.items()}
+    spent = {name: round(seconds, 2) for name, seconds in cpu.items()}
+    result = {"threads": args.threads, "sentences/s": speed, "CPU seconds a batch": spent}
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
