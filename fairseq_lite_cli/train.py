@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from fairseq_lite.builtins import load_builtins
 from fairseq_lite.config.parse import parse
 from fairseq_lite.parallel.launch import launch
-from fairseq_lite.training.run import check, train
+from fairseq_lite.training.assembly import check
+from fairseq_lite.training.run import train
 from fairseq_lite_cli.entry import run_command
 
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,18 +23,16 @@ from fairseq_lite.config.core import RunConfig
 from fairseq_lite.config.serial import to_plain
 from fairseq_lite.data.iterators import EpochBatchIterator, GroupedIterator
 from fairseq_lite.errors import ConfigError, TrainingError
-from fairseq_lite.optim.api import OPTIMIZERS, SCHEDULES
-from fairseq_lite.optim.precision import make_precision
-from fairseq_lite.parallel.api import BACKENDS
 from fairseq_lite.parallel.world import World
 from fairseq_lite.tasks.api import BatchLimits, Sample, build_task, resolve_max_positions
+from fairseq_lite.training.assembly import build_trainer, check
 from fairseq_lite.training.checkpoint import store
 from fairseq_lite.training.checkpoint.manager import CheckpointManager, Saving
 from fairseq_lite.training.decisions import decide
-from fairseq_lite.training.ema import MovingAverage
 from fairseq_lite.training.loggers import Progress, ProgressLogs, setup_logging
 from fairseq_lite.training.metrics import TrainMetrics, valid_report
-from fairseq_lite.training.state import EarlyStopping, TrainState, is_better
+from fairseq_lite.training.profiling import UpdateProfiler, profiled
+from fairseq_lite.training.state import EarlyStopping, is_better
 from fairseq_lite.training.trainer import Trainer
 from fairseq_lite.training.validation import Validator, metrics_of
 
@@ -47,22 +46,6 @@ def train(run: RunConfig, world: World) -> None:
     setup_logging(run.common, is_main=world.is_main)
     with TrainingRun(run, world) as training:
         training.go()
-
-
-def check(run: RunConfig) -> None:
-    """Refuse what cannot work before any process is started.
-
-    Raises:
-        ConfigError: with the first reason.
-    """
-    if run.dataset.max_tokens is None and run.dataset.batch_size is None:
-        raise ConfigError("the size of a batch is missing: give --max-tokens or --batch-size")
-    if run.optimizer.name is None:
-        raise ConfigError("no optimizer: add --optimizer, for example --optimizer adam")
-    if run.dataset.disable_validation and run.checkpoint.patience > 0:
-        raise ConfigError("--patience needs validation: leave out --disable-validation")
-    backend: Any = BACKENDS.get(run.ddp_backend.name or "legacy_ddp").factory
-    backend.check(run)
 
 
 class TrainingRun:
@@ -82,7 +65,7 @@ class TrainingRun:
         np.random.seed(run.common.seed)
         torch.manual_seed(run.common.seed)
         self.task = build_task(run)
-        self.trainer = self._build_trainer()
+        self.trainer = build_trainer(run, world, self.task)
         self.state = self.trainer.state
         self.valid_subsets = self._load_valid_subsets()
         self.metrics = TrainMetrics(metrics_of(self.task, self.trainer.criterion))
@@ -97,6 +80,7 @@ class TrainingRun:
             precision=self.trainer.precision,
         )
         self.checkpoints = CheckpointManager(run, world, self.trainer.backend, self.task)
+        self.profiler = UpdateProfiler()
         self.logs = ProgressLogs(run.common, is_main=world.is_main)
         self._valid_iterators: dict[str, EpochBatchIterator] = {}
         self._valid_dummies: dict[str, Sample] = {}
@@ -106,54 +90,6 @@ class TrainingRun:
 
     def __exit__(self, *exc: object) -> None:
         self.logs.close()
-
-    # -- putting it together --------------------------------------------------------------------
-
-    def _build_trainer(self) -> Trainer:
-        run, world, task = self.run, self.world, self.task
-        backend = BACKENDS.get(run.ddp_backend.name or "legacy_ddp").factory(
-            run.ddp_backend.config, world
-        )
-        criterion = task.build_criterion(run.criterion, run.optimization.sentence_avg)
-        criterion.to(world.device)
-        model = backend.wrap(lambda: task.build_model(run.model))
-        logger.info("%s", model)
-        for label, thing in (("task", task), ("model", model), ("criterion", criterion)):
-            logger.info("%s: %s", label, type(thing).__name__)
-        _log_parameters(model)
-        params = [p for part in (model, criterion) for p in part.parameters() if p.requires_grad]
-        optimizer = OPTIMIZERS.get(str(run.optimizer.name)).factory(
-            params, run.optimizer.config, lr=run.optimization.lr[0]
-        )
-        logger.info("training on %d devices (%s)", world.size, world.device.type)
-        logger.info(
-            "max tokens per device = %s and max sentences per device = %s",
-            run.dataset.max_tokens,
-            run.dataset.batch_size,
-        )
-        return Trainer(
-            cfg=run.optimization,
-            seed=run.common.seed,
-            world=world,
-            backend=backend,
-            task=task,
-            model=model,
-            criterion=criterion,
-            optimizer=optimizer,
-            schedule=SCHEDULES.get(run.lr_scheduler.name or "fixed").factory(
-                run.lr_scheduler.config,
-                run.optimization,
-                maximize=run.checkpoint.maximize_best_checkpoint_metric,
-            ),
-            precision=make_precision(
-                run.common,
-                world.device,
-                update_freq=run.optimization.update_freq,
-                world_size=world.size,
-            ),
-            state=TrainState(),
-            average=MovingAverage(run.ema, model) if run.ema.store_ema else None,
-        )
 
     def _load_valid_subsets(self) -> list[str]:
         cfg = self.run.dataset
@@ -181,7 +117,9 @@ class TrainingRun:
         run = self.run
         data = self._restore()
         max_epoch = run.optimization.max_epoch or math.inf
-        with _signals_noticed(self.trainer):
+        profile = run.common.profile and self.world.is_main
+        trace = Path(run.checkpoint.save_dir, "profile.json")
+        with _signals_noticed(self.trainer), profiled(profile, trace) as self.profiler:
             while data.next_epoch_idx <= max_epoch:
                 lr = self.trainer.optimizer.get_lr()
                 if lr <= run.optimization.stop_min_lr:
@@ -244,6 +182,7 @@ class TrainingRun:
             raise
         seconds = time.perf_counter() - started
         progress.advance()
+        self.profiler.updated()
         if update is None:
             self.metrics.add_seconds(seconds)
             return False
@@ -477,13 +416,6 @@ class TrainingRun:
             ),
             skip_invalid=skip_invalid,
         )
-
-
-def _log_parameters(model: torch.nn.Module) -> None:
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info("num. shared model params: %s (num. trained: %s)", f"{total:,}", f"{trained:,}")
-    logger.info("num. expert model params: 0 (num. trained: 0)")
 
 
 def _gb_free(device: torch.device) -> float | None:

@@ -241,6 +241,22 @@ def test_a_diverging_run_says_where_and_leaves_crash_pt(
     assert "crash.pt" in trained.names()
 
 
+def test_a_profile_is_written(toy_data: Path, tmp_path: Path) -> None:
+    trained = run(toy_data, tmp_path, "--max-update", 7, "--profile", "--disable-validation")
+    events = json.loads((trained.save_dir / "profile.json").read_text())["traceEvents"]
+    assert any(event["name"] == "aten::mm" for event in events)
+
+
+@pytest.mark.parametrize("precision", ["--bf16", "--amp", "--memory-efficient-bf16"])
+def test_sixteen_bits_learn_alike(precision: str, toy_data: Path, tmp_path: Path) -> None:
+    more = ("--max-epoch", 2, "--log-format", "json", "--disable-validation", "--dropout", 0)
+    plain = run(toy_data, tmp_path / "plain", *more).records("train")[-1]
+    half = run(toy_data, tmp_path / "half", *more, precision).records("train")[-1]
+    assert float(half["train_loss"]) == pytest.approx(float(plain["train_loss"]), rel=0.01)
+    saved = store.load(tmp_path / "half" / "checkpoints" / "checkpoint_last.pt")
+    assert {t.dtype for t in saved["model"].values()} == {torch.float32}, "master weights"
+
+
 def test_every_example_is_seen_once_an_epoch_by_two_processes(
     toy_data: Path, tmp_path: Path
 ) -> None:

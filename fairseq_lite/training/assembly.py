@@ -1,0 +1,91 @@
+"""Putting a trainer together from its configuration."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from fairseq_lite.config.core import RunConfig
+from fairseq_lite.errors import ConfigError
+from fairseq_lite.optim.api import OPTIMIZERS, SCHEDULES
+from fairseq_lite.optim.precision import make_precision
+from fairseq_lite.parallel.api import BACKENDS
+from fairseq_lite.parallel.world import World
+from fairseq_lite.tasks.api import Task
+from fairseq_lite.training.ema import MovingAverage
+from fairseq_lite.training.state import TrainState
+from fairseq_lite.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def check(run: RunConfig) -> None:
+    """Refuse what cannot work before any process is started.
+
+    Raises:
+        ConfigError: with the first reason.
+    """
+    if run.dataset.max_tokens is None and run.dataset.batch_size is None:
+        raise ConfigError("the size of a batch is missing: give --max-tokens or --batch-size")
+    if run.optimizer.name is None:
+        raise ConfigError("no optimizer: add --optimizer, for example --optimizer adam")
+    if run.dataset.disable_validation and run.checkpoint.patience > 0:
+        raise ConfigError("--patience needs validation: leave out --disable-validation")
+    backend: Any = BACKENDS.get(run.ddp_backend.name or "legacy_ddp").factory
+    backend.check(run)
+
+
+def build_trainer(run: RunConfig, world: World, task: Task) -> Trainer:
+    """Make backend, model, criterion, optimizer, schedule and precision, and say what they are."""
+    backend = BACKENDS.get(run.ddp_backend.name or "legacy_ddp").factory(
+        run.ddp_backend.config, world
+    )
+    criterion = task.build_criterion(run.criterion, run.optimization.sentence_avg)
+    criterion.to(world.device)
+    model = backend.wrap(lambda: task.build_model(run.model))
+    logger.info("%s", model)
+    for label, thing in (("task", task), ("model", model), ("criterion", criterion)):
+        logger.info("%s: %s", label, type(thing).__name__)
+    _log_parameters(model)
+    params = [p for part in (model, criterion) for p in part.parameters() if p.requires_grad]
+    optimizer = OPTIMIZERS.get(str(run.optimizer.name)).factory(
+        params, run.optimizer.config, lr=run.optimization.lr[0]
+    )
+    logger.info("training on %d devices (%s)", world.size, world.device.type)
+    logger.info(
+        "max tokens per device = %s and max sentences per device = %s",
+        run.dataset.max_tokens,
+        run.dataset.batch_size,
+    )
+    return Trainer(
+        cfg=run.optimization,
+        seed=run.common.seed,
+        world=world,
+        backend=backend,
+        task=task,
+        model=model,
+        criterion=criterion,
+        optimizer=optimizer,
+        schedule=SCHEDULES.get(run.lr_scheduler.name or "fixed").factory(
+            run.lr_scheduler.config,
+            run.optimization,
+            maximize=run.checkpoint.maximize_best_checkpoint_metric,
+        ),
+        precision=make_precision(
+            run.common,
+            world.device,
+            update_freq=run.optimization.update_freq,
+            world_size=world.size,
+        ),
+        state=TrainState(),
+        average=MovingAverage(run.ema, model) if run.ema.store_ema else None,
+    )
+
+
+def _log_parameters(model: torch.nn.Module) -> None:
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info("num. shared model params: %s (num. trained: %s)", f"{total:,}", f"{trained:,}")
+    logger.info("num. expert model params: 0 (num. trained: 0)")
