@@ -263,7 +263,9 @@ class BleuInValidation:
         )
         entry = TOKENIZERS.get(cfg.eval_bleu_detok)
         detokenizer = entry.factory(
-            section_from_plain(entry.config, cfg.eval_bleu_detok_args, "--eval-bleu-detok-args")
+            section_from_plain(entry.config, cfg.eval_bleu_detok_args, "--eval-bleu-detok-args"),
+            cfg.source_lang or "en",
+            cfg.target_lang or "en",
         )
         self._texts = Texts(
             task.target_dictionary,

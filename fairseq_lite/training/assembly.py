@@ -44,6 +44,12 @@ def build_trainer(run: RunConfig, world: World, task: Task) -> Trainer:
     )
     criterion = task.build_criterion(run.criterion, run.optimization.sentence_avg)
     criterion.to(world.device)
+    if world.size > 1 and any(p.requires_grad for p in criterion.parameters()):
+        # Backends reduce the gradients of the model; these would drift apart between the ranks.
+        raise ConfigError(
+            f"--criterion {run.criterion.name} has parameters of its own: with several processes "
+            "put them into the model"
+        )
     model = backend.wrap(lambda: task.build_model(run.model))
     logger.info("%s", model)
     for label, thing in (("task", task), ("model", model), ("criterion", criterion)):

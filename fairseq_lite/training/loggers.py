@@ -290,8 +290,9 @@ class ProgressLogs:
     """The logs of one run; ranks other than the first write nothing.
 
     Args:
-        common: `--log-format`, `--no-progress-bar`, `--tensorboard-logdir`.
+        common: `--log-format`, `--no-progress-bar`, `--tensorboard-logdir`, `--wandb-project`.
         is_main: whether this rank writes.
+        name: the name of the run in Weights & Biases.
         terminal: whether standard error is a terminal; looked up when None.
         sinks: further places for the values.
     """
@@ -301,6 +302,7 @@ class ProgressLogs:
         common: CommonConfig,
         *,
         is_main: bool = True,
+        name: str = "",
         terminal: bool | None = None,
         sinks: tuple[Sink, ...] = (),
     ) -> None:
@@ -313,7 +315,9 @@ class ProgressLogs:
             terminal = sys.stderr.isatty()
         self._kind = _FORMATS[choose_format(common, terminal=terminal)]
         if common.tensorboard_logdir is not None:
-            self._sinks = (TensorBoard(common.tensorboard_logdir), *sinks)
+            self._sinks = (TensorBoard(common.tensorboard_logdir), *self._sinks)
+        if common.wandb_project is not None:
+            self._sinks = (WandB(common.wandb_project, name), *self._sinks)
 
     def begin(
         self, *, epoch: int | None, size: int, offset: int = 0, title: str | None = None

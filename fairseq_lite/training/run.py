@@ -81,7 +81,9 @@ class TrainingRun:
         )
         self.checkpoints = CheckpointManager(run, world, self.trainer.backend, self.task)
         self.profiler = UpdateProfiler()
-        self.logs = ProgressLogs(run.common, is_main=world.is_main)
+        self.logs = ProgressLogs(
+            run.common, is_main=world.is_main, name=Path(run.checkpoint.save_dir).name
+        )
         self._valid_iterators: dict[str, EpochBatchIterator] = {}
         self._valid_dummies: dict[str, Sample] = {}
 
