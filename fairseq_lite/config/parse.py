@@ -21,6 +21,7 @@ from fairseq_lite.config import core, serial
 from fairseq_lite.config.commands import COMMANDS, Command, Selector
 from fairseq_lite.config.fairseq_flags import COMING, FAIRSEQ_FLAGS, IDLE, NO_EFFECT, REFUSED
 from fairseq_lite.config.flags import add_flags, coerce, default_of, flag_names, info_of
+from fairseq_lite.config.idle import without_effect
 from fairseq_lite.errors import ConfigError
 from fairseq_lite.plugins import import_user_dir
 from fairseq_lite.registry import Entry, NoConfig, Registry, near
@@ -128,7 +129,21 @@ def _third_pass(
             known = {f.name for c in command.sections.values() for f in dataclasses.fields(c)}
             known |= {f.name for c in chosen for f in dataclasses.fields(c.entry.config)}
             raise ConfigError(f"--config: unknown key {key!r}" + near(key.split(".")[-1], known))
-    return core.RunConfig(command=command.name, **sections)
+    run = core.RunConfig(command=command.name, **sections)
+    for name, why in without_effect(command.name, typed, _values(run)):
+        logger.warning("%s has no effect: %s", name, why)
+    return run
+
+
+def _values(run: core.RunConfig) -> dict[str, Any]:
+    """Every field of the run's sections and entries."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(run):
+        section = getattr(run, field.name)
+        config = section.config if isinstance(section, core.Choice) else section
+        if dataclasses.is_dataclass(config):
+            values.update(vars(config))
+    return values
 
 
 def chosen_sections(chosen: list[_Chosen]) -> set[str]:
