@@ -92,12 +92,13 @@ class GroupedIterator(CountingIterator[list[T]]):
     def __init__(
         self, items: CountingIterator[T], chunk_size: int, skip_remainder: bool = False
     ) -> None:
-        chunks = len(items) / chunk_size
-        super().__init__(
-            _chunks(items, chunk_size),
-            math.floor(chunks) if skip_remainder else math.ceil(chunks),
-            math.ceil(items.n / chunk_size),
-        )
+        start = math.ceil(items.n / chunk_size)
+        left = len(items) - items.n
+        if skip_remainder:
+            # The source ends where we do: what asks it whether the epoch is over must hear yes.
+            items.take(len(items) - left % chunk_size)
+        groups = left // chunk_size if skip_remainder else math.ceil(left / chunk_size)
+        super().__init__(_chunks(items, chunk_size), start + groups, start)
 
 
 def _chunks(items: CountingIterator[T], size: int) -> Iterator[list[T]]:

@@ -146,7 +146,7 @@ class Task(ABC):
         one. Their order changes with the epoch.
 
         Raises:
-            DataError: an example is too long, and is not to be left out.
+            DataError: an example is too long, and is not to be left out; or there is no batch.
         """
         dataset = self.dataset(split)
         batches = dataset.batches(
@@ -158,6 +158,11 @@ class Task(ABC):
             seed=seed,
             name=split,
         )
+        if not len(batches):
+            raise DataError(
+                f"the split {split!r} has no batch: it is empty, or every example was left out "
+                f"(--max-tokens {limits.max_tokens}, longest allowed {limits.max_positions})"
+            )
         return EpochBatchIterator(
             dataset,
             batches,

@@ -21,6 +21,7 @@ from fairseq_lite.data.indexed import (
     dataset_exists,
     open_dataset,
 )
+from fairseq_lite.data.iterators import EpochBatchIterator
 from fairseq_lite.data.pairs import PairDataset
 from fairseq_lite.data.text.api import TOKENIZERS
 from fairseq_lite.errors import ConfigError, DataError
@@ -202,6 +203,20 @@ class TranslationTask(Task):
             num_buckets=cfg.num_batch_buckets,
             pad_to_multiple=self.run.dataset.required_seq_len_multiple,
         )
+
+    def batch_iterator(self, split: str, *args: Any, **kwargs: Any) -> EpochBatchIterator:
+        """See the base class; losses need a target side.
+
+        Raises:
+            DataError: there is none, or an example is too long.
+        """
+        dataset = self.dataset(split)
+        if dataset.tgt is None:
+            raise DataError(
+                f"the split {split!r} has no target side ({self.target_lang}), which training and "
+                "validation need; have flite-preprocess make it"
+            )
+        return super().batch_iterator(split, *args, **kwargs)
 
     def has_split(self, split: str) -> bool:
         """Whether the first data folder has this split."""

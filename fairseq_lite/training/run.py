@@ -118,6 +118,7 @@ class TrainingRun:
         """Train until a limit is reached."""
         run = self.run
         data = self._restore()
+        self._check_validation()
         max_epoch = run.optimization.max_epoch or math.inf
         profile = run.common.profile and self.world.is_main
         trace = Path(run.checkpoint.save_dir, "profile.json")
@@ -154,6 +155,11 @@ class TrainingRun:
             per_epoch[min(data.epoch, len(per_epoch)) - 1],
             skip_remainder=optimization.skip_remainder_batch,
         )
+        if not len(groups):
+            raise ConfigError(
+                f"--skip-remainder-batch leaves out every update: an epoch has {len(data)} batches "
+                f"and --update-freq asks for {per_epoch[min(data.epoch, len(per_epoch)) - 1]}"
+            )
         trainer.begin_epoch(data.epoch, resumed=groups.n > 0)
         logger.info("Start iterating over samples")
         metric, stop = None, False
@@ -234,6 +240,19 @@ class TrainingRun:
         return metric, decision.stop is not None or early
 
     # -- validation -----------------------------------------------------------------------------
+
+    def _check_validation(self) -> None:
+        """Let what would stop the first validation stop the run now, not after hours of training.
+
+        Raises:
+            DataError: a subset that is empty, lacks its target side or has too long an example.
+            ConfigError: --best-checkpoint-metric is none of what validation gives.
+        """
+        for subset in self.valid_subsets:
+            self._valid_iterator(subset)
+        if self.valid_subsets and self.run.checkpoint.best_checkpoint_metric != "loss":
+            first = self.valid_subsets[0]
+            self._metric(self.validator.probe(first, self._valid_dummies[first]), first)
 
     def _validate(self, epoch: int) -> float | None:
         """Go through the valid subsets; returns the metric of the first, which counts."""

@@ -88,6 +88,15 @@ class Validator:
                 progress.log(meters.values(), tag=split, num_updates=i + 1)
         return meters
 
+    def probe(self, split: str, sample: Sample) -> dict[str, float]:
+        """The metrics of one batch: to know which there will be."""
+        meters = Meters(metrics_of(self.task, self.criterion))
+        self.model.eval()
+        self.criterion.eval()
+        self.task.begin_validation(split, self.model)  # type: ignore[arg-type]
+        meters.add(self.world.sum(self.step(sample, sample)))
+        return meters.values()
+
     def step(self, batch: Sample | None, dummy: Sample) -> dict[str, Any]:
         """The sums of one batch of this rank, zero where it has none."""
         sample = to_device(dummy if batch is None else batch, self.world.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,9 @@ def test_validate_gives_the_numbers_of_training(
         (("--restore-file", "nowhere.pt"), "--restore-file nowhere.pt: no such checkpoint"),
         (("--finetune-from-model", "no.pt"), "--finetune-from-model no.pt: no such checkpoint"),
         (("--best-checkpoint-metric", "bleu", "--max-update", 1), "add --eval-bleu"),
+        (("--best-checkpoint-metric", "blue"), "gives loss, ppl"),
+        (("--skip-remainder-batch", "--update-freq", 999), "leaves out every update"),
+        (("--max-tokens", 2), "the split 'train' has no batch"),
         (("--patience", 2, "--disable-validation"), "--patience needs validation"),
         (("--valid-subset", "dev"), "no split 'dev'"),
         (("--max-source-positions", 4), "are too long"),
@@ -229,6 +233,30 @@ def test_what_is_refused(
     run(toy_data, tmp_path, *more, status=2)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("flite-train: error: ") and message in error
+
+
+def test_what_the_first_validation_would_stop_at_stops_before_the_first_update(
+    toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(toy_data, tmp_path / "data")
+    for path in data.glob("valid.*.tgt.*"):
+        path.unlink()
+    trained = run(data, tmp_path, status=2)
+    error = capsys.readouterr().err.strip()
+    assert "the split 'valid' has no target side (tgt)" in error
+    assert trained.messages("train_inner") == [] and trained.names() == set()
+
+
+def test_skipping_the_remainder_ends_each_epoch(toy_data: Path, tmp_path: Path) -> None:
+    trained = run(
+        toy_data,
+        tmp_path,
+        *("--skip-remainder-batch", "--update-freq", 3, "--max-epoch", 2, "--max-update", 50),
+        *("--log-format", "json", "--disable-validation"),
+    )
+    first, second = trained.records("train")
+    assert (first["epoch"], second["epoch"]) == (1, 2)
+    assert int(second["train_num_updates"]) == 2 * int(first["train_num_updates"])
 
 
 def test_a_diverging_run_says_where_and_leaves_crash_pt(

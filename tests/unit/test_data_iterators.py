@@ -135,6 +135,13 @@ def test_groups() -> None:
     assert (groups.n, len(groups)) == (1, 3) and next(groups) == [[3], [4], [5]]
 
 
+def test_groups_that_skip_the_remainder_end_the_epoch() -> None:
+    iterator = _iterator(7)
+    groups = GroupedIterator(iterator.next_epoch_itr(shuffle=False), 3, skip_remainder=True)
+    assert list(groups) == [[[0], [1], [2]], [[3], [4], [5]]]
+    assert iterator.end_of_epoch() and iterator.next_epoch_idx == 2
+
+
 def test_remainder_may_be_skipped() -> None:
     iterator = _iterator(7, skip_remainder=True)
     assert len(list(iterator.next_epoch_itr(shuffle=False))) == 6 and len(iterator) == 6
