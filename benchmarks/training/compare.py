@@ -24,8 +24,8 @@ import torch
 from peers import EOS, PAD, Batch, Shape, Step, joeynmt_step, make_batches, transformers_step
 
 from fairseq_lite.builtins import load_builtins
-from fairseq_lite.data.dictionary import Dictionary
 from fairseq_lite.config.core import CommonConfig
+from fairseq_lite.data.dictionary import Dictionary
 from fairseq_lite.optim.precision import make_precision
 
 
@@ -56,9 +56,7 @@ def fairseq_lite_step(shape: Shape, bf16: bool = False) -> Step:
     torch.manual_seed(1)
     model = arch.factory.build(config, task).train()
     loss = registries["criterion"].get("label_smoothed_cross_entropy")
-    criterion = loss.factory(
-        loss.config(label_smoothing=shape.smoothing), task, sentence_avg=False
-    )
+    criterion = loss.factory(loss.config(label_smoothing=shape.smoothing), task, sentence_avg=False)
     adam = registries["optimizer"].get("adam")
     optimizer = adam.factory(model.parameters(), adam.config(adam_betas=(0.9, 0.98)), lr=shape.lr)
     precision = make_precision(CommonConfig(bf16=bf16), torch.device("cpu"))

@@ -263,6 +263,8 @@ NO_EFFECT: dict[str, str] = {
     "--use-old-adam": "there is one Adam, with fairseq's formula",
 }
 
+_ONE_PROCESS = "evaluation with several processes comes later; use --num-shards and --shard-id"
+
 # fairseq's flags that come with a later capability: refused until then.
 COMING: dict[str, str] = {
     "--checkpoint-shard-count": "it comes with sharded checkpoints; leave it out",
@@ -278,13 +280,13 @@ COMING: dict[str, str] = {
     "--pad": "the special symbols have fairseq's fixed ids; leave it out",
     "--unk": "the special symbols have fairseq's fixed ids; leave it out",
     "--use-sharded-state": "it comes with --ddp-backend fully_sharded",
-    "--distributed-backend": "evaluation with several processes comes later; use --num-shards and --shard-id",
-    "--distributed-init-method": "evaluation with several processes comes later; use --num-shards and --shard-id",
-    "--distributed-no-spawn": "evaluation with several processes comes later; use --num-shards and --shard-id",
-    "--distributed-num-procs": "evaluation with several processes comes later; use --num-shards and --shard-id",
-    "--distributed-port": "evaluation with several processes comes later; use --num-shards and --shard-id",
-    "--distributed-rank": "evaluation with several processes comes later; use --num-shards and --shard-id",
-    "--distributed-world-size": "evaluation with several processes comes later; use --num-shards and --shard-id",
+    "--distributed-backend": _ONE_PROCESS,
+    "--distributed-init-method": _ONE_PROCESS,
+    "--distributed-no-spawn": _ONE_PROCESS,
+    "--distributed-num-procs": _ONE_PROCESS,
+    "--distributed-port": _ONE_PROCESS,
+    "--distributed-rank": _ONE_PROCESS,
+    "--distributed-world-size": _ONE_PROCESS,
 }
 
 # Flags fairseq's command takes and never reads: accepted there with a warning.

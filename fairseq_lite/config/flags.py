@@ -1,8 +1,8 @@
 """Dataclass fields as command-line flags: one field, one flag, both ways.
 
-A config is a frozen dataclass. `flag()` gives a field its help text and the few things a type cannot
-say (aliases, a value for the bare flag). `add_flags` turns the fields into argparse options that set
-nothing when absent, so a value typed on the command line can be told from a default even when equal.
+A config is a frozen dataclass. `flag()` gives a field its help text and the few things a type
+cannot say (aliases, a value for the bare flag). `add_flags` turns the fields into argparse options
+that set nothing when absent, so a typed value can be told from a default even when equal.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def flag_names(field: dataclasses.Field[Any]) -> tuple[str, ...]:
     return ("--" + field.name.replace("_", "-"), *info.aliases)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def field_types(config: type) -> Mapping[str, Any]:
     """The resolved type of each field of a config."""
     return typing.get_type_hints(config)

@@ -89,7 +89,7 @@ def from_plain(values: Mapping[str, Any], registries: Mapping[str, Registry]) ->
 
 def dump_yaml(run: core.RunConfig) -> str:
     """The effective configuration as YAML text, ready for `--config`."""
-    head = f"# The effective configuration of {run.command}; `{run.command} --config THIS` reruns it.\n"
+    head = f"# The effective configuration; `{run.command} --config THIS` reruns it.\n"
     return head + str(yaml.safe_dump(to_plain(run), sort_keys=False, allow_unicode=True))
 
 
@@ -138,7 +138,7 @@ def flatten(values: Mapping[str, Any], path: str) -> dict[str, Any]:
             flat[f"{section}._name"] = value
         else:
             flat[name] = value
-    if "common.user_dir" in flat and flat["common.user_dir"]:
+    if flat.get("common.user_dir"):
         flat["user_dir"] = flat.pop("common.user_dir")
     return flat
 

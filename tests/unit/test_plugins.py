@@ -24,7 +24,7 @@ def test_name_of_an_installed_package_does_not_clash(tmp_path):
     folder = tmp_path / "yaml"
     folder.mkdir()
     (folder / "__init__.py").write_text("MINE = 1\n")
-    before = sys.modules["yaml"] if "yaml" in sys.modules else None
+    before = sys.modules.get("yaml")
     assert import_user_dir(folder).MINE == 1
     assert sys.modules.get("yaml") is before
 
