@@ -1,28 +1,27 @@
 """Sentences a second of beam search: flite-generate's generator and CTranslate2, the same weights.
 
     pip install ctranslate2
-    python benchmarks/generate/compare.py [--threads 2] [--rounds 5]
+    python -m benchmarks.generate.compare --threads 2 --rounds 5 [--out FILE.json]
 
 A transformer of the size of transformer_iwslt_de_en (6+6 layers, d 512, inner 1024, 10,000 symbols)
 with random weights translates batches of 64 sentences of 25 words with beam 5; the length of the
-outputs is forced, so both run the decoder 30 times. The contestants take turns, round by round,
-and each is given by its best round: on a shared machine the fastest round is the least disturbed.
-That both compute the same is checked first, sentence by sentence. Next to the speed stands the CPU
-time of a batch, which says more than the clock where other programs run.
+outputs is forced, so both run the decoder 30 times. CTranslate2 runs once with all threads in one
+translator and once with one thread in each of several. That both compute the same is checked first,
+sentence by sentence.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
+from benchmarks.timing import machine, record, take_turns, times_faster
 from fairseq_lite.config.core import GenerationConfig
 from fairseq_lite.data.dictionary import Dictionary
 from fairseq_lite.generation.generator import SequenceGenerator
@@ -100,6 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--no-ctranslate2", action="store_true", help="time only ours")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -115,7 +115,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as name:
         if not args.no_ctranslate2:
-            from ct2 import convert
+            from benchmarks.generate.ct2 import convert
 
             convert(model, dictionary, Path(name))
             n = args.threads
@@ -124,25 +124,33 @@ def main() -> None:
                     runs[f"CTranslate2 {kind}, {inter} x {intra} threads"] = theirs(
                         Path(name), dictionary, sources, kind, inter, intra
                     )
-        best = {name: float("inf") for name in runs}
-        cpu = dict(best)
         reference = ours(model, dictionary, sources, STEPS)()
         first = {name: run() for name, run in runs.items()}  # warm-up
         first["fairseq-lite bf16"] = ours(half, dictionary, sources, STEPS)()
         del first["fairseq-lite fp32"]
-        for name, texts in first.items():
-            same = sum(a == b for a, b in zip(texts, reference, strict=True))
-            print(f"{name}: {same} of {BATCH} outputs equal those of fairseq-lite fp32")
-        for _ in range(args.rounds):
-            for name, run in runs.items():
-                start, spent = time.perf_counter(), time.process_time()
-                run()
-                best[name] = min(best[name], time.perf_counter() - start)
-                cpu[name] = min(cpu[name], time.process_time() - spent)
-    speed = {name: round(BATCH / seconds, 1) for name, seconds in best.items()}
-    spent = {name: round(seconds, 2) for name, seconds in cpu.items()}
-    result = {"threads": args.threads, "sentences/s": speed, "CPU seconds a batch": spent}
-    print(json.dumps(result, indent=1))
+        equal = {
+            name: sum(a == b for a, b in zip(texts, reference, strict=True))
+            for name, texts in first.items()
+        }
+        seconds = take_turns(runs, args.rounds, warm_up=False)
+    record(
+        {
+            "machine": machine(args.threads),
+            "sentences_per_second": {
+                name: round(BATCH / statistics.median(times), 2) for name, times in seconds.items()
+            },
+            f"outputs of {BATCH} that equal those of fairseq-lite fp32": equal,
+            "times faster": {
+                f"fairseq-lite {kind} than {name}": times_faster(
+                    seconds[f"fairseq-lite {kind}"], times
+                )
+                for name, times in seconds.items()
+                if name.startswith("CTranslate2")
+                for kind in ("fp32", "bf16")
+            },
+        },
+        args.out,
+    )
 
 
 if __name__ == "__main__":

@@ -1,33 +1,26 @@
 """Lines a second of flite-preprocess against a binariser that sets one tensor element a token.
 
-    python benchmarks/preprocess/run.py [--text FILE] [--lines N] [--workers 1,2] [--repeat 3]
+    python -m benchmarks.preprocess.run [--text FILE] [--lines N] [--workers 1,2] [--rounds 3]
 
-Without `--text` it makes up a corpus: words drawn from a Zipf distribution, as in language. Every
-method runs in turn, `--repeat` times over, in this one process on the same file; the best time of
-each counts. CPU time is reported beside wall time, for machines that others use too.
+Without `--text` it makes up a corpus: words drawn from a Zipf distribution, as in language.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import resource
-import sys
+import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.preprocess import per_element
+from benchmarks.timing import machine, record, take_turns, times_faster
 from fairseq_lite.config.core import PreprocessConfig
 from fairseq_lite.data import binarize, preprocess
 from fairseq_lite.data.dictionary import Dictionary
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import per_element
 
 
 def make_text(path: Path, lines: int, words: int = 31, vocabulary: int = 30_000) -> None:
@@ -44,26 +37,14 @@ def make_text(path: Path, lines: int, words: int = 31, vocabulary: int = 30_000)
             file.writelines(" ".join(row) + "\n" for row in rows)
 
 
-def cpu() -> float:
-    """CPU seconds of this process and its ended children."""
-    usages = (resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(u.ru_utime + u.ru_stime for u in usages)
-
-
-def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Wall and CPU seconds."""
-    wall, used = time.perf_counter(), cpu()
-    work()
-    return time.perf_counter() - wall, cpu() - used
-
-
 def main() -> None:
     """Run the comparison and print it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--lines", type=int, default=100_000)
     parser.add_argument("--workers", default="1,2")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -113,31 +94,30 @@ def main() -> None:
             methods[f"both passes: flite-preprocess --workers {workers}"] = lambda w=workers: whole(
                 w
             )
-        best: dict[str, list[float]] = {m: [float("inf")] * 2 for m in methods}
-        for _ in range(args.repeat):
-            for method, work in methods.items():
-                best[method] = [min(a, b) for a, b in zip(best[method], timed(work), strict=True)]
+        seconds = take_turns(methods, args.rounds, warm_up=False)
         same = (folder / "peer.bin").read_bytes() == Path(out + ".bin").read_bytes()
-        report = {
-            "machine": f"{platform.machine()}, Python {platform.python_version()}, "
-            f"numpy {np.__version__}, torch {torch.__version__}",
-            "lines": lines,
-            "same token files": same,
-            "lines per second (wall, CPU)": {
-                m: [round(lines / s) for s in seconds] for m, seconds in best.items()
+        record(
+            {
+                "machine": machine(1),
+                "lines": lines,
+                "same token files": same,
+                "lines per second": {
+                    method: round(lines / statistics.median(times))
+                    for method, times in seconds.items()
+                },
+                "times faster than the peer": {
+                    method: times_faster(times, seconds[_peer(method, seconds)])
+                    for method, times in seconds.items()
+                    if method != _peer(method, seconds)
+                },
             },
-            "times the peer (wall, CPU)": _ratios(best),
-        }
-        print(json.dumps(report, indent=2))
+            args.out,
+        )
 
 
-def _ratios(best: dict[str, list[float]]) -> dict[str, list[float]]:
-    peers = {m.split(":")[0]: s for m, s in best.items() if "fl" not in m and "fairseq" not in m}
-    return {
-        m: [round(p / s, 2) for p, s in zip(peers[m.split(":")[0]], seconds, strict=True)]
-        for m, seconds in best.items()
-        if seconds is not peers[m.split(":")[0]]
-    }
+def _peer(method: str, methods: Iterable[str]) -> str:
+    """The first method of the same pass."""
+    return next(m for m in methods if m.split(":")[0] == method.split(":")[0])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One training step: ours in fp32 and bf16 against the plain fp32 step of `plain.py`, in one run.
 
-    python benchmarks/step/run.py --rounds 5 --out benchmarks/results/step.json
+    python -m benchmarks.step.run --rounds 5 --out benchmarks/results/step.json
 
 Contestants take turns, so that a machine whose speed drifts slows them all alike; what is quoted is
 the median over rounds of the ratio of target tokens per second within a round. First a small model
@@ -10,9 +10,7 @@ with the same weights shows that the contestants compute the same loss.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -22,9 +20,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from plain import LoopAdam, PlainTransformer, Shape, smoothed_loss
 from torch import Tensor
 
+from benchmarks.step.plain import LoopAdam, PlainTransformer, Shape, smoothed_loss
+from benchmarks.timing import machine, record
 from fairseq_lite.config.core import CommonConfig
 from fairseq_lite.criteria.cross_entropy import (
     LabelSmoothedCrossEntropy,
@@ -194,16 +193,8 @@ def main() -> None:
             f"{name:12s} {row['tokens_per_second']:8.0f} target tokens/s  "
             f"{row['times_first']:5.2f} x {first}  {row['cpu_seconds_per_step']:7.3f} CPU s a step"
         )
-    if args.out:
-        about = {
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-            "threads": args.threads,
-            "shape": asdict(shape),
-            "batch": [args.sentences, args.length],
-            "rounds": args.rounds,
-        }
-        args.out.write_text(json.dumps({"about": about, "results": rows}, indent=1) + "\n")
+    about = {"shape": asdict(shape), "batch": [args.sentences, args.length], "rounds": args.rounds}
+    record({"machine": machine(args.threads), **about, "results": rows}, args.out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Training speed, side by side: fairseq-lite against peers, same sizes, same token ids, one run.
 
     pip install transformers joeynmt importlib_metadata
-    python benchmarks/training/compare.py --rounds 5 --out benchmarks/results/training.json
+    python -m benchmarks.training.compare --rounds 5 --out benchmarks/results/training.json
 
 Every contestant trains transformer_iwslt_de_en's shape with Adam, dropout 0.1, label smoothing 0.1
 and clipping, on the same batches. Contestants take turns batch by batch, so that a machine whose
@@ -12,8 +12,6 @@ tokens per second within a round. A peer that is not installed is left out and n
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -21,8 +19,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from peers import EOS, PAD, Batch, Shape, Step, joeynmt_step, make_batches, transformers_step
 
+from benchmarks.timing import machine, record
+from benchmarks.training.peers import (
+    EOS,
+    PAD,
+    Batch,
+    Shape,
+    Step,
+    joeynmt_step,
+    make_batches,
+    transformers_step,
+)
 from fairseq_lite.builtins import load_builtins
 from fairseq_lite.config.core import CommonConfig
 from fairseq_lite.data.dictionary import Dictionary
@@ -198,16 +206,7 @@ def main() -> None:
     batches = make_batches(args.batches, shape, args.sentences)
     assert all((b.target == EOS).any() for b in batches)
     result = report(measure(args.rounds, batches, shape, args.only))
-    result["machine"] = {
-        "cpu": platform.processor() or platform.machine(),
-        "threads": args.threads,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    print(json.dumps(result, indent=2))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    record({"machine": machine(args.threads), **result}, args.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,75 @@
+"""What every comparison shares: contestants take turns, medians of ratios within a round, records.
+
+Machines are noisy, and shared ones drift. So contestants run in turn, round after round, and what
+is quoted is the median over rounds of the ratio within a round; single times are only context.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def take_turns(
+    contestants: Mapping[str, Callable[[], object]], rounds: int, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of every contestant in every round."""
+    if warm_up:
+        for work in contestants.values():
+            work()
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(rounds):
+        for name, work in contestants.items():
+            start = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - start)
+        latest = ", ".join(f"{name} {times[-1]:.3f} s" for name, times in seconds.items())
+        print(f"round {number + 1}: {latest}", flush=True)
+    return seconds
+
+
+def times_faster(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """How many times less time ours takes: median, least and greatest ratio within a round."""
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    return {
+        "median": round(statistics.median(ratios), 3),
+        "min": round(min(ratios), 3),
+        "max": round(max(ratios), 3),
+    }
+
+
+def machine(threads: int | None = None) -> dict[str, Any]:
+    """The machine's name and what else decides speed."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text(errors="replace").splitlines()
+        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+        flags = next((x for x in lines if x.startswith("flags")), "")
+        units = [u for u in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {u}" in flags]
+        name += f" ({', '.join(units)})"
+    return {
+        "cpu": name,
+        "processors": os.cpu_count(),
+        "threads": threads or torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def record(result: Mapping[str, Any], out: Path | None) -> None:
+    """Print a result as JSON, and write it where --out says."""
+    text = json.dumps(result, indent=2)
+    print(text)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n", encoding="utf-8")
