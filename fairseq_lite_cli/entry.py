@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
+import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from fairseq_lite.errors import FliteError
+
+# Errors of the machine's, not of ours: no space, over quota, file too large, device error.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 def run_command(
@@ -17,8 +24,11 @@ def run_command(
     Returns:
         0 when all went well, 2 after a user's error (one line on standard error), 130 after Ctrl-C.
     """
+    _speak_utf8()
     try:
         main(sys.argv[1:] if argv is None else list(argv))
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a full disk is heard here, not in the ruins of the interpreter
     except FliteError as e:
         print(f"{name}: error: {e}", file=sys.stderr)
         return 2
@@ -28,7 +38,33 @@ def run_command(
     except BrokenPipeError:  # the reader of our output has gone, as in `flite-generate … | head`
         sys.stderr.close()
         return 141
+    except OSError as e:
+        if e.errno not in _FULL:
+            raise
+        _drop_stdout()
+        print(f"{name}: error: {e.filename or 'the output'}: {e.strerror}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _speak_utf8() -> None:
+    """Text is UTF-8 in files, so it is on standard streams, whatever the locale says."""
+    os.environ.setdefault("PYTHONIOENCODING", "utf-8")  # of processes we start
+    # Bytes that are not UTF-8 are refused on the way in and shown as \x… on the way out; Python's
+    # own way for the C locale would take them in as words nobody has typed.
+    for stream, errors in (
+        (sys.stdin, "strict"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors=errors)
+
+
+def _drop_stdout() -> None:
+    """What could not be written must not be tried again when the interpreter ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _start(module: str) -> int:

@@ -102,10 +102,11 @@ def read(name: str) -> Iterator[str]:
     Raises:
         DataError: the file cannot be read.
     """
-    if name == "-":
-        yield from (line.rstrip("\n") for line in sys.stdin)
-        return
     try:
+        if name == "-":
+            if sys.stdin is not None:  # None: it was closed, so there are no lines
+                yield from (line.rstrip("\n") for line in sys.stdin)
+            return
         with Path(name).open(encoding="utf-8") as file:
             yield from (line.rstrip("\n") for line in file)
     except OSError as e:

@@ -64,6 +64,8 @@ def read(name: str) -> list[str]:
     """
     try:
         if name == "-":
+            if sys.stdin is None:
+                raise DataError("-: standard input is closed")
             return [line.rstrip("\n") for line in sys.stdin]
         with Path(name).open(encoding="utf-8") as file:
             # Not splitlines(), which would also break lines at U+2028 and its like.

@@ -130,7 +130,9 @@ class _Preprocessing:
     def _log(self, line: str, level: str = "info") -> None:
         """A line for the user and, as fairseq has it, the same one in preprocess.log."""
         getattr(logger, level)(line)
-        with (self.staging / "preprocess.log").open("a", encoding="utf-8") as log:
+        # A file name need not be valid UTF-8, and the log must not be what fails.
+        log_file = self.staging / "preprocess.log"
+        with log_file.open("a", encoding="utf-8", errors="backslashreplace") as log:
             log.write(line + "\n")
 
     # -- names -------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ which `advance`, `log` and `summary` are called. Values come from `metrics`, in 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
@@ -27,6 +28,34 @@ _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 Values = Mapping[str, float]
 
 
+class _Dispensable(logging.Handler):
+    """Where lines are written as long as that works: no training ends for want of a log."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """One line instead of a traceback for every record, and no further attempt."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, (OSError, ValueError)):  # ValueError: the stream was closed
+            super().handleError(record)
+            return
+        self.setLevel(logging.CRITICAL + 1)
+        where = getattr(getattr(self, "stream", None), "name", "the log")
+        with contextlib.suppress(OSError, ValueError):
+            print(f"log lines to {where} are lost from here on: {error}", file=sys.stderr)
+
+
+class _Screen(_Dispensable, logging.StreamHandler[Any]):
+    """Standard output."""
+
+
+class _File(_Dispensable, logging.FileHandler):
+    """A file."""
+
+    def close(self) -> None:
+        """What could not be written before cannot be written now."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 def setup_logging(common: CommonConfig, *, is_main: bool = True) -> None:
     """Send log lines to standard output (and `--log-file`); other ranks only warn.
 
@@ -39,11 +68,11 @@ def setup_logging(common: CommonConfig, *, is_main: bool = True) -> None:
     level = os.environ.get("LOGLEVEL", "INFO").upper() if is_main else "WARNING"
     if level not in _LEVELS:
         raise ConfigError(f"LOGLEVEL={level}: expected one of {', '.join(_LEVELS)}")
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    handlers: list[logging.Handler] = [_Screen(sys.stdout)]
     if common.log_file is not None and is_main:
         try:
             Path(common.log_file).parent.mkdir(parents=True, exist_ok=True)
-            handlers.append(logging.FileHandler(common.log_file, encoding="utf-8"))
+            handlers.append(_File(common.log_file, encoding="utf-8", errors="backslashreplace"))
         except OSError as e:
             raise ConfigError(f"--log-file {common.log_file}: {e.strerror}") from None
     logging.basicConfig(

@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -242,3 +243,14 @@ def test_bad_log_settings_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("LOGLEVEL", "LOUD")
     with pytest.raises(ConfigError, match="LOGLEVEL=LOUD: expected one of DEBUG"):
         setup_logging(CommonConfig())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_log_that_cannot_be_written_costs_one_line_and_no_traceback(capsys):
+    setup_logging(CommonConfig(log_file="/dev/full"))
+    logging.getLogger("x").info("first")
+    logging.getLogger("x").info("second")
+    captured = capsys.readouterr()
+    assert "first" in captured.out and "second" in captured.out
+    assert captured.err.count("\n") == 1
+    assert "log lines to /dev/full are lost from here on" in captured.err
