@@ -157,9 +157,15 @@ class DatasetConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+        for name in ("num_shards", "max_valid_steps", "validate_interval"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+        if self.num_workers < 0:
+            raise ConfigError(f"--num-workers {self.num_workers}: expected 0 or more")
         if self.required_batch_size_multiple < 1 or self.required_seq_len_multiple < 1:
             raise ConfigError("--required-*-multiple: expected 1 or more")
-        if not 0 <= self.shard_id < max(self.num_shards, 1):
+        if not 0 <= self.shard_id < self.num_shards:
             raise ConfigError(
                 f"--shard-id {self.shard_id}: expected 0 to {self.num_shards - 1}, "
                 f"as --num-shards is {self.num_shards}"
@@ -187,6 +193,8 @@ class OptimizationConfig:
             raise ConfigError(f"--update-freq {self.update_freq}: expected numbers of 1 or more")
         if not self.lr:
             raise ConfigError("--lr: expected a number, or several with commas")
+        if min(self.lr) < 0:
+            raise ConfigError(f"--lr {','.join(map(str, self.lr))}: expected 0 or more")
         for name in ("max_epoch", "max_update"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')}: expected 0 (no limit) or more")
@@ -240,6 +248,15 @@ class CheckpointConfig:
             raise ConfigError(
                 "--finetune-from-model takes only the weights: leave out the --reset-* flags"
             )
+        if self.continue_once is not None and (
+            self.finetune_from_model is not None or self.restore_file != "checkpoint_last.pt"
+        ):
+            other = (
+                "--restore-file" if self.finetune_from_model is None else "--finetune-from-model"
+            )
+            raise ConfigError(f"--continue-once and {other} both name a model: leave one out")
+        if self.save_interval < 1:
+            raise ConfigError(f"--save-interval {self.save_interval}: expected 1 or more")
         if self.no_save and self.save_interval_updates:
             raise ConfigError("--no-save contradicts --save-interval-updates: leave one out")
         if self.patience == 0 or self.patience < -1:
@@ -294,6 +311,8 @@ class GenerationConfig:
             raise ConfigError(f"--temperature {self.temperature}: expected more than 0")
         if not self.sampling and (self.sampling_topk > 0 or self.sampling_topp > 0):
             raise ConfigError("--sampling-topk and --sampling-topp need --sampling")
+        if self.sampling_topp > 1:
+            raise ConfigError(f"--sampling-topp {self.sampling_topp}: expected 1 or less")
         if self.sampling and self.nbest != self.beam and self.nbest != 1:
             raise ConfigError(f"--sampling: --nbest must be 1 or --beam {self.beam}")
         if self.diverse_beam_groups > 0 and self.beam % self.diverse_beam_groups:
@@ -320,6 +339,12 @@ class EMAConfig:
     ema_seed_model: str | None = flag(None, "checkpoint to start the average from")
     ema_update_freq: int = flag(1, "renew the average every N updates")
     ema_fp32: bool = flag(False, "keep the average in float32 when the weights are not")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ema_decay <= 1:
+            raise ConfigError(f"--ema-decay {self.ema_decay}: expected a number from 0 to 1")
+        if self.ema_update_freq < 1:
+            raise ConfigError(f"--ema-update-freq {self.ema_update_freq}: expected 1 or more")
 
 
 @dataclass(frozen=True)

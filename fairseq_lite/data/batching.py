@@ -89,7 +89,7 @@ def require_fit(
             f"{name}: {len(ignored):,} examples are too long; example {first} has {lengths} "
             f"tokens where {limits} are allowed; leave them out with "
             "--skip-invalid-size-inputs-valid-test, or raise --max-source-positions and "
-            "--max-target-positions"
+            "--max-target-positions (in training also --max-tokens)"
         )
 
 

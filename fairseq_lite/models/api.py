@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fairseq_lite.errors import CheckpointError
+from fairseq_lite.errors import CheckpointError, ConfigError
 from fairseq_lite.registry import Registry
 
 ARCHITECTURES = Registry("architecture", "--arch")
@@ -197,9 +197,18 @@ class Model(nn.Module):
 
         Args:
             modules: class names of the modules concerned; None for all.
+
+        Raises:
+            ConfigError: a name that no module with dropout has.
         """
         # fairseq's class names may end in Base where ours do not.
         wanted = None if modules is None else {m.removesuffix("Base") for m in modules}
-        for module in self.modules():
-            if isinstance(module, OwnedDropout) and (wanted is None or module.owner in wanted):
+        dropouts = [m for m in self.modules() if isinstance(m, OwnedDropout)]
+        owners = {module.owner for module in dropouts}
+        for name in sorted((wanted or set()) - owners):
+            raise ConfigError(
+                f"--retain-dropout-modules {name}: expected some of {', '.join(sorted(owners))}"
+            )
+        for module in dropouts:
+            if wanted is None or module.owner in wanted:
                 module.apply_during_inference = True

@@ -468,6 +468,8 @@ def test_dropout_stays_on_where_asked() -> None:
     assert torch.equal(model.encode(source).states, model.encode(source).states)
     model.retain_dropout()
     assert not torch.equal(model.encode(source).states, model.encode(source).states)
+    with pytest.raises(ConfigError, match=r"--retain-dropout-modules Decodr: .*TransformerDecoder"):
+        model.retain_dropout(("Decodr",))
 
 
 def test_small_layers_are_not_worth_sharding() -> None:
