@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +24,8 @@ from fairseq_lite.generation.evaluate import (
     render,
 )
 from fairseq_lite.models.api import Model
+
+logger = logging.getLogger(__name__)
 
 # fairseq's limit where a command line sets none.
 DEFAULT_MAX_TOKENS = 12000
@@ -81,6 +85,7 @@ class Session:
             alignment.load_dictionary(cfg.replace_unk),
             source_line,
         )
+        self._warned = False
         self.seconds = 0.0
         self.sentences = 0
         self.tokens = 0
@@ -96,6 +101,7 @@ class Session:
         self.seconds += time.perf_counter() - start
         self.sentences += len(results)
         self.tokens += sum(len(found[0].tokens) for found in results if found)
+        self._look_at_scores([found[0].score for found in results if found])
         return render(
             results,
             sample,
@@ -104,6 +110,15 @@ class Session:
             nbest=self.cfg.nbest,
             options=self.options,
         )
+
+    def _look_at_scores(self, scores: list[float]) -> None:
+        """Say once that outputs mean nothing, as after a training that diverged."""
+        if not self._warned and not all(map(math.isfinite, scores)):
+            self._warned = True
+            logger.warning(
+                "a sentence has no output with a finite score: what is printed for such means"
+                " nothing; the weights of the model may not be finite"
+            )
 
     def untranslated(self, sample: dict[str, Any]) -> list[Translated]:
         """Records of sentences that are too long for the model: an empty output, score -inf."""

@@ -392,6 +392,26 @@ def test_overrides_reach_the_model_and_unknown_ones_are_named(saved):
         inference.load_models(path, load_builtins(), overrides={"encoder_layerdropp": 1})
 
 
+def test_an_override_that_is_no_field_of_the_model_is_said_to_change_nothing(saved, caplog):
+    path = f"{saved.folder}/checkpoint_best.pt"
+    inference.load_models(path, load_builtins(), overrides={"beam": 4, "dropout": 0.3})
+    (line,) = [m for m in caplog.messages if "model-overrides" in m]
+    assert "'beam' has no effect" in line
+
+
+def test_another_direction_than_in_training_is_noticed(saved, data, tmp_path, caplog):
+    other = Training(data, tmp_path / "other", "-s", "de", "-t", "en").task
+    path = f"{saved.folder}/checkpoint_best.pt"
+    inference.load_models(path, load_builtins(), task=other)
+    assert "was trained from en to de and is used from de to en" in caplog.text
+
+
+def test_a_name_that_stands_in_the_save_dir_is_suggested(saved, data):
+    again = Training(data, saved.folder, "--restore-file", "checkpoint_best.pt")
+    with pytest.raises(CheckpointError, match=r"no such checkpoint; did you mean .*_best\.pt\?"):
+        again.load()
+
+
 def test_weights_of_another_shape_are_one_line(saved):
     path = f"{saved.folder}/checkpoint_best.pt"
     with pytest.raises(CheckpointError, match=r"checkpoint_best\.pt: .*layers\.1\."):

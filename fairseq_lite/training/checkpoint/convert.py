@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from fairseq_lite.config.serial import plain
 from fairseq_lite.errors import CheckpointError, ConfigError
 from fairseq_lite.registry import Registry, near
 from fairseq_lite.training.checkpoint import fairseq_defaults
+
+logger = logging.getLogger(__name__)
 
 # Features of fairseq's architectures that change the computation and are not built: a checkpoint
 # that was trained with one would load into a model that computes something else.
@@ -234,6 +237,9 @@ def saved_config(
         name: _choice(registries[name], cfg.get(name) or {}, path, required=name == "model")
         for name in ("model", "task", "criterion", "bpe", "tokenizer")
     }
+    known = {f.name for c in choices.values() for f in dataclasses.fields(c.config)}
+    for name in sorted(set(overrides or {}) - known):
+        logger.warning("--model-overrides: %r has no effect: no field of the model", name)
     sentence_avg = bool((cfg.get("optimization") or {}).get("sentence_avg"))
     return SavedConfig(Path(path), cfg, sentence_avg=sentence_avg, **choices)
 

@@ -87,6 +87,7 @@ def load_models(
             task = task if task is not None else _task_of(config, folder)
             task.load_state_dict(state.get("task_state") or {})
             ensemble = Ensemble([], task, [], folder=folder)
+        _compare_languages(config, ensemble.task)
         ensemble.models.append(_build(config, ensemble.task, parts.model_of(state, path)))
         ensemble.configs.append(config)
         ensemble.criterion_states.append(state.get("criterion"))
@@ -182,6 +183,24 @@ def _build(config: SavedConfig, task: Task, weights: Mapping[str, Tensor]) -> Mo
         raise CheckpointError(f"{config.path}: {e}") from e
     model.eval()
     return model
+
+
+def _compare_languages(config: SavedConfig, task: Task) -> None:
+    """Say so when a model reads another language: a joined dictionary would hide it."""
+
+    def languages(cfg: Any) -> tuple[Any, ...]:
+        names = [f.name for f in dataclasses.fields(cfg)]
+        return tuple(getattr(cfg, n) for n in ("source_lang", "target_lang") if n in names)
+
+    trained, asked = languages(config.task.config), languages(task.cfg)
+    if None not in (*trained, *asked) and len(trained) == len(asked) and trained != asked:
+        logger.warning(
+            "%s was trained from %s to %s and is used from %s to %s: give its --source-lang and "
+            "--target-lang if that is not what you mean",
+            config.path,
+            *trained,
+            *asked,
+        )
 
 
 def _check_vocabulary(path: Path, task: Task, weights: Mapping[str, Tensor]) -> None:

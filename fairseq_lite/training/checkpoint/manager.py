@@ -357,7 +357,7 @@ class CheckpointManager:
                     "--finetune-from-model and --restore-file both name a model: leave one out"
                 )
             path = naming.with_suffix(cfg.restore_file, cfg.checkpoint_suffix)
-            return _named(path, "--restore-file"), resets
+            return _named(path, "--restore-file", self._folder), resets
         last = self._folder / naming.with_suffix(naming.LAST, cfg.checkpoint_suffix)
         if parts.part_files(last):
             return last, resets
@@ -414,10 +414,12 @@ class _Overriding:
         self._optimizer.load_state_dict(state_dict, self._overrides)
 
 
-def _named(path: str, flag: str) -> Path:
+def _named(path: str, flag: str, folder: Path | None = None) -> Path:
     if not parts.part_files(Path(path)):
         # fairseq starts afresh here, and the user finds out days later.
-        raise CheckpointError(f"{flag} {path}: no such checkpoint")
+        inside = parts.part_files(folder / path) if folder is not None else {}
+        hint = f"; did you mean {folder}/{path}?" if inside else ""
+        raise CheckpointError(f"{flag} {path}: no such checkpoint{hint}")
     return Path(path)
 
 
