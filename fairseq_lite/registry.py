@@ -1,8 +1,8 @@
 """One registry class for every kind of plugin: tasks, architectures, criteria, backends and more.
 
 A registry maps a name the user types to an `Entry`: what to build and the frozen dataclass its
-flags come from. A preset is another name for an entry with other defaults; it is data, checked when it is
-registered, so a misspelled field fails at import and not in the middle of a run.
+flags come from. A preset is another name for an entry with other defaults; it is data, checked when
+it is registered, so a misspelled field fails at import and not in the middle of a run.
 """
 
 from __future__ import annotations
