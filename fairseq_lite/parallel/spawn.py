@@ -158,7 +158,8 @@ def run_ranks(
                 process.start()
                 theirs.close()
                 children.append(_Child(rank, process, ours))
-        cause = _first_failure(children, end)
+        with _signals_passed_on(children):
+            cause = _first_failure(children, end)
         if cause is not None:
             if cause.trace:
                 print(cause.trace, file=sys.stderr, flush=True)
@@ -207,6 +208,27 @@ def _end(processes: Sequence[SpawnProcess]) -> None:
         if process.is_alive():
             process.kill()
         process.join()
+
+
+@contextmanager
+def _signals_passed_on(children: Sequence[_Child]) -> Iterator[None]:
+    """Hand SIGTERM and SIGUSR1 to the ranks, which save before they end; wait for them as before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def pass_on(number: int, frame: object) -> None:
+        for child in children:
+            if child.process.pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(child.process.pid, number)
+
+    before = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

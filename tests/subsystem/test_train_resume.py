@@ -203,6 +203,27 @@ def test_asked_to_end_it_saves_first(toy_data: Path, uninterrupted: Path, tmp_pa
 
 
 @pytest.mark.timeout(180)
+def test_sigterm_reaches_every_local_rank(toy_data: Path, tmp_path: Path) -> None:
+    two = ("--distributed-world-size", 2, "--no-epoch-checkpoints", "--disable-validation")
+    folder = tmp_path / "ended"
+    words = arguments(toy_data, folder, *two, "--max-update", 100000)
+    command = [sys.executable, "-m", "fairseq_lite_cli.train", *words]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if '"num_updates": "5"' in line:
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stdout.read()
+        assert process.wait(timeout=60) == 0, rest
+    assert "asked to end" in rest and "done training" in rest
+    done = store.load(folder / "checkpoint_last.pt")["optimizer_history"][0]["num_updates"]
+    assert 5 <= done < 100000
+
+
+@pytest.mark.timeout(180)
 def test_two_processes_resume(toy_data: Path, tmp_path: Path) -> None:
     two = ("--distributed-world-size", 2, "--no-epoch-checkpoints", "--disable-validation")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
