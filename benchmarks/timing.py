@@ -7,11 +7,13 @@ is quoted is the median over rounds of the ratio within a round; single times ar
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,40 @@ def take_turns(
         latest = ", ".join(f"{name} {times[-1]:.3f} s" for name, times in seconds.items())
         print(f"round {number + 1}: {latest}", flush=True)
     return seconds
+
+
+class Apart:
+    """A contestant in a process of its own, so that libraries cannot slow each other down.
+
+    Two OpenMP runtimes in one process, for example, make whichever comes second crawl.
+
+    Args:
+        build: a function at the top level of a module; returns the work, a function.
+        arguments: picklable, for `build`.
+
+    Calling it does the work once, there, and returns what the work returned.
+    """
+
+    def __init__(self, build: Callable[..., Callable[[], Any]], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, build, arguments), daemon=True)
+        self._process.start()
+
+    def __call__(self) -> Any:
+        self._pipe.send(True)
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.send(False)
+        self._process.join(10)
+
+
+def _serve(pipe: Connection, build: Callable[..., Callable[[], Any]], arguments: Any) -> None:
+    work = build(*arguments)
+    while pipe.recv():
+        pipe.send(work())
 
 
 def times_faster(ours: list[float], theirs: list[float]) -> dict[str, float]:

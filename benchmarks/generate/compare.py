@@ -6,7 +6,8 @@
 A transformer of the size of transformer_iwslt_de_en (6+6 layers, d 512, inner 1024, 10,000 symbols)
 with random weights translates batches of 64 sentences of 25 words with beam 5; the length of the
 outputs is forced, so both run the decoder 30 times. CTranslate2 runs once with all threads in one
-translator and once with one thread in each of several. That both compute the same is checked first,
+translator and once with one thread in each of several; every contestant has a process of its own,
+since two OpenMP runtimes in one slow each other down. That both compute the same is checked first,
 sentence by sentence.
 """
 
@@ -21,7 +22,7 @@ from types import SimpleNamespace
 
 import torch
 
-from benchmarks.timing import machine, record, take_turns, times_faster
+from benchmarks.timing import Apart, machine, record, take_turns, times_faster
 from fairseq_lite.config.core import GenerationConfig
 from fairseq_lite.data.dictionary import Dictionary
 from fairseq_lite.generation.generator import SequenceGenerator
@@ -29,6 +30,7 @@ from fairseq_lite.models.config import TransformerConfig
 from fairseq_lite.models.transformer import TransformerModel
 
 SYMBOLS, BATCH, WORDS, STEPS, BEAM = 10_000, 64, 25, 30, 5
+KINDS = ("fp32", "bf16")
 
 
 def make_model(dictionary: Dictionary) -> TransformerModel:
@@ -54,13 +56,24 @@ def make_sources(dictionary: Dictionary) -> torch.Tensor:
     return torch.cat([words, torch.full((BATCH, 1), dictionary.eos())], dim=1)
 
 
-def ours(
-    model: TransformerModel, dictionary: Dictionary, sources: torch.Tensor, length: int
-) -> Callable:
+def make_dictionary() -> Dictionary:
+    dictionary = Dictionary()
+    for i in range(SYMBOLS - 4):
+        dictionary.add_symbol(f"w{i}")
+    return dictionary
+
+
+def ours(bf16: bool, threads: int, length: int) -> Callable[[], list[list[str]]]:
     """Our generator; outputs have `length` words, and the end symbol takes one more step."""
+    torch.set_num_threads(threads)
+    dictionary = make_dictionary()
+    model = make_model(dictionary)
+    if bf16:
+        model = model.to(torch.bfloat16)
     generator = SequenceGenerator(
         [model], dictionary, GenerationConfig(beam=BEAM, min_len=length, max_len_b=length)
     )
+    sources = make_sources(dictionary)
     lengths = torch.full((BATCH,), sources.size(1))
     sample = {"net_input": {"src_tokens": sources, "src_lengths": lengths}}
 
@@ -71,15 +84,14 @@ def ours(
     return run
 
 
-def theirs(
-    folder: Path, dictionary: Dictionary, sources: torch.Tensor, kind: str, inter: int, intra: int
-) -> Callable:
+def theirs(folder: str, kind: str, inter: int, intra: int) -> Callable[[], list[list[str]]]:
     import ctranslate2
 
     translator = ctranslate2.Translator(
-        str(folder), compute_type=kind, inter_threads=inter, intra_threads=intra
+        folder, compute_type=kind, inter_threads=inter, intra_threads=intra
     )
-    words = [[dictionary[i] for i in row] for row in sources.tolist()]
+    dictionary = make_dictionary()
+    words = [[dictionary[i] for i in row] for row in make_sources(dictionary).tolist()]
 
     def run() -> list[list[str]]:
         found = translator.translate_batch(
@@ -102,37 +114,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--no-ctranslate2", action="store_true", help="time only ours")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    dictionary = Dictionary()
-    for i in range(SYMBOLS - 4):
-        dictionary.add_symbol(f"w{i}")
-    model = make_model(dictionary)
-    sources = make_sources(dictionary)
-    half = make_model(dictionary).to(torch.bfloat16)
-    runs = {
-        "fairseq-lite fp32": ours(model, dictionary, sources, STEPS - 1),
-        "fairseq-lite bf16": ours(half, dictionary, sources, STEPS - 1),
-    }
-    with tempfile.TemporaryDirectory() as name:
+    n = args.threads
+    runs = {f"fairseq-lite {kind}": Apart(ours, kind == "bf16", n, STEPS - 1) for kind in KINDS}
+    with tempfile.TemporaryDirectory() as folder:
         if not args.no_ctranslate2:
             from benchmarks.generate.ct2 import convert
 
-            convert(model, dictionary, Path(name))
-            n = args.threads
+            dictionary = make_dictionary()
+            convert(make_model(dictionary), dictionary, Path(folder))
             for kind in ("float32", "int8"):
                 for inter, intra in {(1, n), (n, 1)}:
-                    runs[f"CTranslate2 {kind}, {inter} x {intra} threads"] = theirs(
-                        Path(name), dictionary, sources, kind, inter, intra
+                    runs[f"CTranslate2 {kind}, {inter} x {intra} threads"] = Apart(
+                        theirs, folder, kind, inter, intra
                     )
-        reference = ours(model, dictionary, sources, STEPS)()
-        first = {name: run() for name, run in runs.items()}  # warm-up
-        first["fairseq-lite bf16"] = ours(half, dictionary, sources, STEPS)()
-        del first["fairseq-lite fp32"]
+        reference = ours(False, n, STEPS)()
+        outputs = {name: run() for name, run in runs.items()}  # warm-up
+        outputs["fairseq-lite bf16"] = ours(True, n, STEPS)()
+        del outputs["fairseq-lite fp32"]
         equal = {
             name: sum(a == b for a, b in zip(texts, reference, strict=True))
-            for name, texts in first.items()
+            for name, texts in outputs.items()
         }
         seconds = take_turns(runs, args.rounds, warm_up=False)
+        for run in runs.values():
+            run.close()
     record(
         {
             "machine": machine(args.threads),
@@ -146,7 +151,7 @@ def main() -> None:
                 )
                 for name, times in seconds.items()
                 if name.startswith("CTranslate2")
-                for kind in ("fp32", "bf16")
+                for kind in KINDS
             },
         },
         args.out,
