@@ -212,7 +212,7 @@ def _end(processes: Sequence[SpawnProcess]) -> None:
 
 @contextmanager
 def _signals_passed_on(children: Sequence[_Child]) -> Iterator[None]:
-    """Hand SIGTERM and SIGUSR1 to the ranks, which save before they end; wait for them as before."""
+    """Hand SIGTERM and SIGUSR1 to the ranks, which save before they end; wait as before."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
