@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.step.plain import LoopAdam, PlainTransformer, Shape, smoothed_loss
-from benchmarks.timing import machine, record
+from benchmarks.timing import Apart, machine, record
 from fairseq_lite.config.core import CommonConfig
 from fairseq_lite.criteria.cross_entropy import (
     LabelSmoothedCrossEntropy,
@@ -33,7 +33,9 @@ from fairseq_lite.models.config import TransformerConfig
 from fairseq_lite.models.transformer import TransformerModel
 from fairseq_lite.optim.adam import Adam, AdamConfig
 from fairseq_lite.optim.precision import make_precision
+from fairseq_lite.training.allocator import keep_freed_memory
 
+KINDS = ("plain fp32", "ours fp32", "ours bf16")
 EPSILON = 0.1
 LR = 5e-4
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -146,6 +148,28 @@ def check_same(shape: Shape) -> None:
         raise SystemExit(f"the contestants differ: loss {got} and {expected}")
 
 
+def contestant(
+    kind: str, threads: int, rounds: int, sentences: int, length: int
+) -> Callable[[], tuple[float, float]]:
+    """One step after another on the same batches; returns its wall and CPU seconds."""
+    torch.set_num_threads(threads)
+    shape = Shape()
+    if kind == "plain fp32":
+        step = plain_step(shape)
+    else:
+        keep_freed_memory()
+        step = our_step(shape, bf16=kind == "ours bf16")
+    batches = iter(make_batches(rounds + 1, shape, sentences, length))
+
+    def run() -> tuple[float, float]:
+        batch = next(batches)
+        wall, work = time.perf_counter(), time.process_time()
+        step(batch)
+        return time.perf_counter() - wall, time.process_time() - work
+
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -158,24 +182,22 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     shape = Shape()
     check_same(shape)
-    contestants: dict[str, Callable[[], Step]] = {
-        "plain fp32": lambda: plain_step(shape),
-        "ours fp32": lambda: our_step(shape, bf16=False),
-        "ours bf16": lambda: our_step(shape, bf16=True),
+    kinds = [kind for kind in KINDS if not args.only or kind in args.only]
+    # Apart, since how `flite-train` sets the allocator would help the plain step as well.
+    steps = {
+        kind: Apart(contestant, kind, args.threads, args.rounds, args.sentences, args.length)
+        for kind in kinds
     }
-    chosen = args.only or contestants
-    steps = {name: make() for name, make in contestants.items() if name in chosen}
-    batches = make_batches(args.rounds + 1, shape, args.sentences, args.length)
     speeds: dict[str, list[float]] = {name: [] for name in steps}
     cpu: dict[str, list[float]] = {name: [] for name in steps}
-    for number, batch in enumerate(batches):
+    for number in range(args.rounds + 1):
         for name, step in steps.items():
-            wall, work = time.perf_counter(), time.process_time()
-            step(batch)
-            wall, work = time.perf_counter() - wall, time.process_time() - work
+            wall, work = step()
             if number:  # the first round warms up
                 speeds[name].append(args.sentences * args.length / wall)
                 cpu[name].append(work)
+    for step in steps.values():
+        step.close()
     first = next(iter(steps))
     rows = {
         name: {

@@ -25,6 +25,7 @@ from fairseq_lite.data.iterators import EpochBatchIterator, GroupedIterator
 from fairseq_lite.errors import ConfigError, TrainingError
 from fairseq_lite.parallel.world import World
 from fairseq_lite.tasks.api import BatchLimits, Sample, build_task, resolve_max_positions
+from fairseq_lite.training.allocator import keep_freed_memory
 from fairseq_lite.training.assembly import build_trainer, check
 from fairseq_lite.training.checkpoint import store
 from fairseq_lite.training.checkpoint.manager import CheckpointManager, Saving
@@ -44,6 +45,8 @@ _GIB = 1024.0**3
 def train(run: RunConfig, world: World) -> None:
     """Train as `run` says, as one process of `world`."""
     setup_logging(run.common, is_main=world.is_main)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     with TrainingRun(run, world) as training:
         training.go()
 
