@@ -321,20 +321,8 @@ IDLE: dict[str, frozenset[str]] = {
         --lr-shrink --optimizer --scoring --wandb-project --warmup-updates
         """.split()
     ),
-    "interactive": frozenset(
-        """
-        --best-checkpoint-metric --continue-once --criterion --ddp-backend
-        --finetune-from-model --force-anneal --heartbeat-timeout --keep-best-checkpoints
-        --keep-interval-updates --keep-interval-updates-pattern --keep-last-epochs
-        --lr-scheduler --lr-shrink --maximize-best-checkpoint-metric --no-epoch-checkpoints
-        --no-last-checkpoints --no-save --no-save-optimizer-state --optimizer
-        --optimizer-overrides --patience --reset-dataloader --reset-lr-scheduler
-        --reset-meters --reset-optimizer --restore-file --save-dir --save-interval
-        --save-interval-updates --wandb-project --warmup-updates
-        --write-checkpoints-asynchronously --scoring
-        """.split()
-    ),
 }
+IDLE["interactive"] = IDLE["generate"] | {"--scoring"}
 
 # name[,alias…] kind command…
 _ROWS = """
