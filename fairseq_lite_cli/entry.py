@@ -7,8 +7,10 @@ import errno
 import importlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 from fairseq_lite.errors import FliteError
 
@@ -22,11 +24,13 @@ def run_command(
     """Call a command and turn what it raises into an exit status.
 
     Returns:
-        0 when all went well, 2 after a user's error (one line on standard error), 130 after Ctrl-C.
+        0 when all went well, 2 after a user's error (one line on standard error), 130 after Ctrl-C;
+        after SIGTERM the process ends with 143.
     """
     _speak_utf8()
     try:
-        main(sys.argv[1:] if argv is None else list(argv))
+        with _termination_cleans_up(name):
+            main(sys.argv[1:] if argv is None else list(argv))
         if sys.stdout is not None:
             sys.stdout.flush()  # a full disk is heard here, not in the ruins of the interpreter
     except FliteError as e:
@@ -45,6 +49,28 @@ def run_command(
         print(f"{name}: error: {e.filename or 'the output'}: {e.strerror}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextlib.contextmanager
+def _termination_cleans_up(name: str) -> Iterator[None]:
+    """SIGTERM takes the way of an error, past every `finally`: no half-made folder stays behind.
+
+    Training has handlers of its own while it runs, to save first.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends what hangs
+        print(f"{name}: terminated", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _speak_utf8() -> None:

@@ -105,6 +105,7 @@ class TensorBoard(Sink):
 
     Raises:
         MissingDependency: tensorboard is not installed.
+        ConfigError: the folder cannot be made.
     """
 
     def __init__(self, logdir: str) -> None:
@@ -114,6 +115,10 @@ class TensorBoard(Sink):
             raise MissingDependency(
                 "--tensorboard-logdir needs TensorBoard: pip install tensorboard"
             ) from None
+        try:  # now: the first figures come after hours, perhaps
+            os.makedirs(logdir, exist_ok=True)
+        except OSError as e:
+            raise ConfigError(f"--tensorboard-logdir {logdir}: {e.strerror}") from None
         self._make: Any = SummaryWriter
         self._logdir = logdir
         self._writers: dict[str, Any] = {}

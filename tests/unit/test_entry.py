@@ -45,3 +45,14 @@ def test_a_full_disk_is_one_line():
         done = python("print('x' * 10)", stdout=full)
     assert done.returncode == 2
     assert done.stderr == b"flite-test: error: the output: No space left on device\n"
+
+
+def test_sigterm_goes_past_every_finally():
+    body = (
+        "import os, signal, time\n"
+        "    try: os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)\n"
+        "    finally: print('clean')"
+    )
+    done = python(body)
+    assert (done.returncode, done.stdout) == (143, b"clean\n")
+    assert done.stderr == b"flite-test: terminated\n"

@@ -181,6 +181,13 @@ def test_tensorboard_has_a_folder_for_each_tag(tmp_path, caplog):
     assert (loss.step, loss.value) == (1234567, pytest.approx(8.561))
 
 
+def test_a_tensorboard_folder_that_cannot_be_made_is_named_at_once(tmp_path):
+    pytest.importorskip("torch.utils.tensorboard", reason="tensorboard is absent")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--tensorboard-logdir"):
+        ProgressLogs(CommonConfig(tensorboard_logdir=str(tmp_path / "file" / "x")), terminal=False)
+
+
 def test_without_tensorboard_the_cure_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(MissingDependency, match="pip install tensorboard"):
