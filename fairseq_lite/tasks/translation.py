@@ -276,6 +276,9 @@ class BleuInValidation:
         self._settings: GenerationConfig = section_from_plain(
             GenerationConfig, cfg.eval_bleu_args, "--eval-bleu-args"
         )
+        if cfg.eval_bleu_detok not in TOKENIZERS:
+            known = ", ".join(TOKENIZERS.names())
+            raise ConfigError(f"--eval-bleu-detok {cfg.eval_bleu_detok}: expected one of {known}")
         entry = TOKENIZERS.get(cfg.eval_bleu_detok)
         detokenizer = entry.factory(
             section_from_plain(entry.config, cfg.eval_bleu_detok_args, "--eval-bleu-detok-args"),

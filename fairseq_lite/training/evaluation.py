@@ -13,7 +13,7 @@ from fairseq_lite.config.core import Choice, RunConfig
 from fairseq_lite.config.flags import default_of
 from fairseq_lite.config.serial import to_plain
 from fairseq_lite.data.iterators import EpochBatchIterator
-from fairseq_lite.errors import ConfigError
+from fairseq_lite.errors import CheckpointError, ConfigError
 from fairseq_lite.models.api import Model
 from fairseq_lite.optim.precision import make_precision
 from fairseq_lite.parallel.world import SingleWorld
@@ -59,6 +59,12 @@ def evaluate(run: RunConfig, registries: Mapping[str, Registry]) -> dict[str, di
     loaded = inference.load_models(paths, registries, task=task, overrides=overrides)
     device = torch.device("cuda" if torch.cuda.is_available() and not run.common.cpu else "cpu")
     model = loaded.models[0].to(device)
+    if saved.criterion.name is None:
+        stored = (saved.cfg.get("criterion") or {}).get("_name")
+        raise CheckpointError(
+            f"{paths[0]}: was trained with --criterion {stored}, which is not known here: give the "
+            "--user-dir it comes from"
+        )
     criterion = task.build_criterion(saved.criterion, saved.sentence_avg).to(device)
     if loaded.criterion_states[0]:
         criterion.load_state_dict(dict(loaded.criterion_states[0]))

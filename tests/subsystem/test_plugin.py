@@ -66,3 +66,17 @@ def test_two_copies_that_register_the_same_name_are_refused_in_one_line(copy, to
     assert refused.stderr.count("\n") == 1
     assert "cross_entropy" in refused.stderr
     assert "already registered" in refused.stderr
+
+
+def test_a_criterion_of_an_absent_plugin_asks_for_its_user_dir(copy, toy_data, tmp_path):
+    save = tmp_path / "checkpoints"
+    trained = flite_process(
+        *("train", toy_data, "--user-dir", copy, "--criterion", "focal_loss", "--cpu"),
+        *("--arch", "transformer_tiny", "--optimizer", "adam", "--lr", "1e-3"),
+        *("--batch-size", "16", "--max-update", "1", "--disable-validation", "--save-dir", save),
+    )
+    assert trained.returncode == 0, trained.stderr
+    path = save / "checkpoint_last.pt"
+    refused = flite_process("validate", toy_data, "--path", path, "--batch-size", 16, "--cpu")
+    assert refused.returncode == 2
+    assert "--criterion focal_loss, which is not known here: give the --user-dir" in refused.stderr

@@ -156,7 +156,7 @@ def test_bleu_settings_are_checked_at_the_start(data: Path) -> None:
         make(data, eval_bleu=True, eval_bleu_args={"bean": 4})
     with pytest.raises(ConfigError, match="--eval-bleu-detok-args"):
         make(data, eval_bleu=True, eval_bleu_detok="moses", eval_bleu_detok_args={"lang": "de"})
-    with pytest.raises(ConfigError, match="mosess"):
+    with pytest.raises(ConfigError, match="--eval-bleu-detok mosess"):
         make(data, eval_bleu=True, eval_bleu_detok="mosess")
 
 
