@@ -54,15 +54,18 @@ class Part:
     """What one rank contributes to a checkpoint: one file.
 
     Attributes:
-        model: parameters and buffers by fairseq's names. The live tensors, not copies: write or
-            copy them before the next update.
-        optimizer: the optimizer's `state_dict()`, or None when it was not asked for.
+        model: parameters and buffers by fairseq's names: whole tensors, or in a shard this rank's
+            rows. The live tensors, not copies: write or copy them before the next update.
+        optimizer: None when it was not asked for. In a whole part the optimizer's `state_dict()`,
+            its parameters numbered; in a shard `{"state": {name: {…}}, "hyper": {…}}`.
+        average: the moving average of the weights, laid out as `model`; None where there is none.
         manifest: plain values that say what the part holds, for those who load it at another world
             size: `world_size`, and what the backend adds (expert ids, shard number, …).
     """
 
     model: Mapping[str, Any]
     optimizer: Mapping[str, Any] | None = None
+    average: Mapping[str, Any] | None = None
     manifest: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -89,6 +92,11 @@ class PartReader(ABC):
 class StatefulOptimizer(Protocol):
     """The side of an optimizer that a backend sees."""
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """In torch's form: the parameters, in the order that numbers them, under "params"."""
+        ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: Any) -> None: ...
@@ -99,6 +107,8 @@ class LoadsWeights(Protocol):
     """A model that knows the names older checkpoints used, as `models.api.Model` does."""
 
     def load_weights(self, state: Any) -> None: ...
+
+    def upgrade_state_dict(self, state: Any) -> dict[str, Tensor]: ...
 
 
 class Backend(ABC):
@@ -178,18 +188,46 @@ class Backend(ABC):
 
     @abstractmethod
     def save_parts(
-        self, model: nn.Module, optimizer: StatefulOptimizer | None
+        self,
+        model: nn.Module,
+        optimizer: StatefulOptimizer | None,
+        average: Mapping[str, Tensor] | None = None,
     ) -> Mapping[str, Part]:
         """The parts this rank writes, by name; called on every rank, often empty.
 
         The part called `MAIN_PART` is the checkpoint's own file, others get their name as a suffix.
+
+        Args:
+            model: what `wrap` returned.
+            optimizer: None: its state is not wanted.
+            average: the moving average, under the names and in the layout of `model.state_dict()`.
         """
+
+    def crash_parts(
+        self,
+        model: nn.Module,
+        optimizer: StatefulOptimizer | None,
+        average: Mapping[str, Tensor] | None = None,
+    ) -> Mapping[str, Part]:
+        """As `save_parts`, without a word to other ranks: the one that fails may be alone."""
+        return self.save_parts(model, optimizer, average)
 
     @abstractmethod
     def load_parts(
-        self, model: nn.Module, optimizer: StatefulOptimizer | None, parts: PartReader
+        self,
+        model: nn.Module,
+        optimizer: StatefulOptimizer | None,
+        parts: PartReader,
+        average: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Fill model and optimizer from parts written at any world size; called on every rank.
+
+        Args:
+            model: what `wrap` returned.
+            optimizer: None: its state is not wanted, or the parts have none.
+            parts: the files.
+            average: the moving average's tensors, to be filled in place; None: it is not wanted, or
+                the parts have none.
 
         Raises:
             CheckpointError: on every rank, when a part is missing or does not fit.

@@ -109,21 +109,31 @@ class LegacyDDP(Backend):
         return local_norm(model.parameters(), self.world.device)
 
     def save_parts(
-        self, model: nn.Module, optimizer: StatefulOptimizer | None
+        self,
+        model: nn.Module,
+        optimizer: StatefulOptimizer | None,
+        average: Mapping[str, Tensor] | None = None,
     ) -> Mapping[str, Part]:
         if not self.world.is_main:
             return {}
         state = None if optimizer is None else optimizer.state_dict()
-        return {MAIN_PART: Part(model.state_dict(), state, {"world_size": self.world.size})}
+        manifest = {"world_size": self.world.size}
+        return {MAIN_PART: Part(model.state_dict(), state, average, manifest)}
 
     def load_parts(
-        self, model: nn.Module, optimizer: StatefulOptimizer | None, parts: PartReader
+        self,
+        model: nn.Module,
+        optimizer: StatefulOptimizer | None,
+        parts: PartReader,
+        average: Mapping[str, Tensor] | None = None,
     ) -> None:
         part, error = None, None
         if self.world.is_main:
             try:
                 part = _read_whole(parts)
                 _load_weights(model, part.model)
+                if average is not None:
+                    _load_average(model, average, part.average or {})
             except FliteError as e:
                 error = e
         # Rank 0 alone reads: a checkpoint need not be visible elsewhere. Ranks that would wait for
@@ -132,6 +142,8 @@ class LegacyDDP(Backend):
         if error is not None:
             raise error
         self._broadcast(tensor.data for tensor in _tensors(model))
+        if average is not None:
+            self._broadcast(average.values())
         if optimizer is not None:
             state = self.world.broadcast_state(None if part is None else part.optimizer)
             if state is not None:
@@ -211,3 +223,17 @@ def _load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     except RuntimeError as e:
         line = " ".join(str(e).split())
         raise CheckpointError(f"the checkpoint does not fit the model: {line}") from e
+
+
+def _load_average(
+    model: nn.Module, average: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> None:
+    if isinstance(model, LoadsWeights):
+        state = model.upgrade_state_dict(state)
+    for name, tensor in average.items():
+        if name not in state or state[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"the checkpoint's moving average does not fit the model: {name} "
+                + ("is missing" if name not in state else f"has shape {tuple(state[name].shape)}")
+            )
+        tensor.copy_(state[name])

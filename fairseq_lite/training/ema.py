@@ -24,23 +24,27 @@ class MovingAverage:
     Args:
         cfg: the flags.
         model: the model; its present weights begin the average.
+
+    Attributes:
+        weights: the average, under the model's names.
+        since: updates of the model not taken in yet (--ema-update-freq).
     """
 
     def __init__(self, cfg: EMAConfig, model: nn.Module) -> None:
         self.cfg = cfg
-        self._average = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        self._since = 0
+        self.weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self.since = 0
 
     @torch.no_grad()
     def update(self, model: nn.Module, num_updates: int) -> None:
         """Take an update of `model` into the average."""
-        self._since += 1
-        if self._since < self.cfg.ema_update_freq:
+        self.since += 1
+        if self.since < self.cfg.ema_update_freq:
             return
-        self._since = 0
+        self.since = 0
         decay = 0.0 if num_updates < self.cfg.ema_start_update else self.cfg.ema_decay
         for name, value in model.state_dict().items():
-            average = self._average[name]
+            average = self.weights[name]
             if average.is_floating_point():
                 average.mul_(decay).add_(value.to(average), alpha=1 - decay)
             else:
@@ -48,14 +52,5 @@ class MovingAverage:
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Go on from an average, or begin with the weights of a model."""
-        for name, average in self._average.items():
+        for name, average in self.weights.items():
             average.copy_(weights[name])
-
-    def state_dict(self) -> dict[str, Tensor | int]:
-        """The average under the model's names, and the updates not taken in yet."""
-        return {**self._average, "_since": self._since}
-
-    def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
-        """Take over what `state_dict` gave."""
-        self._since = int(state["_since"])
-        self.load({k: v for k, v in state.items() if isinstance(v, Tensor)})

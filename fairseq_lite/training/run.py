@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from fairseq_lite.tasks.api import BatchLimits, Sample, build_task, resolve_max_
 from fairseq_lite.training.allocator import keep_freed_memory
 from fairseq_lite.training.assembly import build_trainer, check
 from fairseq_lite.training.checkpoint import store
-from fairseq_lite.training.checkpoint.manager import CheckpointManager, Saving
+from fairseq_lite.training.checkpoint.manager import CheckpointManager, Restored, Saving
 from fairseq_lite.training.decisions import decide
+from fairseq_lite.training.ema import MovingAverage
 from fairseq_lite.training.loggers import Progress, ProgressLogs, setup_logging
 from fairseq_lite.training.metrics import TrainMetrics, valid_report
 from fairseq_lite.training.profiling import UpdateProfiler, profiled
@@ -306,7 +307,13 @@ class TrainingRun:
         """Take over a checkpoint if there is one; returns the data from where it stopped."""
         trainer, state = self.trainer, self.state
         self.checkpoints.prepare()
-        restored = self.checkpoints.load(trainer.model, trainer.optimizer, trainer.criterion)
+        average = trainer.average
+        restored = self.checkpoints.load(
+            trainer.model,
+            trainer.optimizer,
+            trainer.criterion,
+            None if average is None else average.weights,
+        )
         if restored is None:
             data = self._train_iterator(1)
         else:
@@ -316,19 +323,23 @@ class TrainingRun:
                 trainer.schedule.load_state_dict(restored.schedule)
             if restored.metrics is not None:
                 self.metrics.load_state_dict(restored.metrics)
-            self._load_extra(restored.extra, metrics_too=restored.metrics is None)
+            self._load_extra(restored, metrics_too=restored.metrics is None)
             data = self._train_iterator(restored.epoch)
             if restored.train_iterator is not None:
                 data.load_state_dict(restored.train_iterator)
-        self._restore_average({} if restored is None else restored.extra)
+        if average is not None and (restored is None or not restored.average):
+            self._begin_average(average)
         state.epoch = data.epoch
         trainer.schedule.apply(trainer.optimizer, state.num_updates, state.epoch)
         return data
 
-    def _load_extra(self, extra: Mapping[str, Any], metrics_too: bool) -> None:
-        """Take over what fairseq's files do not hold."""
-        if "precision" in extra:
-            self.trainer.precision.load_state_dict(extra["precision"])
+    def _load_extra(self, restored: Restored, metrics_too: bool) -> None:
+        """Take over what fairseq's files do not hold, or in another place."""
+        extra = restored.extra
+        scale = {} if restored.loss_scale is None else {"loss_scale": restored.loss_scale}
+        self.trainer.precision.load_state_dict({**scale, **extra.get("precision", {})})
+        if self.trainer.average is not None:
+            self.trainer.average.since = int(extra.get("ema_since", 0))
         if not self.run.checkpoint.reset_meters:
             if "early_stopping" in extra:
                 self.stopping.load_state_dict(extra["early_stopping"])
@@ -336,14 +347,10 @@ class TrainingRun:
                 # At the start of an epoch only the epoch's own meters begin anew.
                 self.metrics.load_state_dict({"train_inner": extra["train_inner"]})
 
-    def _restore_average(self, extra: Mapping[str, Any]) -> None:
-        """The moving average goes on, or begins with --ema-seed-model or the restored weights."""
-        average, seed = self.trainer.average, self.run.ema.ema_seed_model
-        if average is None:
-            return
-        if "ema" in extra:
-            average.load_state_dict(extra["ema"])
-        elif seed is not None:
+    def _begin_average(self, average: MovingAverage) -> None:
+        """The moving average begins with --ema-seed-model, or with the weights as they are."""
+        seed = self.run.ema.ema_seed_model
+        if seed is not None:
             average.load(self.trainer.model.upgrade_state_dict(store.load(seed)["model"]))
         else:
             average.load(self.trainer.model.state_dict())
@@ -369,17 +376,19 @@ class TrainingRun:
             training_time=state.training_time(),
             metrics=self.metrics.state_dict(),
             extra=self._extra(),
+            average=None if trainer.average is None else trainer.average.weights,
+            loss_scale=trainer.precision.loss_scale,
         )
 
     def _extra(self) -> dict[str, Any]:
         """What an exact restart needs beyond fairseq's keys."""
-        extra = {
+        extra: dict[str, Any] = {
             "precision": self.trainer.precision.state_dict(),
             "early_stopping": self.stopping.state_dict(),
             "train_inner": self.metrics.inner.state(),
         }
         if self.trainer.average is not None:
-            extra["ema"] = self.trainer.average.state_dict()
+            extra["ema_since"] = self.trainer.average.since
         return extra
 
     # -- data -----------------------------------------------------------------------------------

@@ -525,3 +525,54 @@ def test_parts_have_names_and_an_order(tmp_path):
         parts.part_path(path, part).write_bytes(b"")
     (tmp_path / "checkpoint_last-notes.pt").write_bytes(b"")
     assert list(parts.part_files(path)) == ["model", "shard2", "shard10"]
+
+
+def averaged(training: Training, value: float) -> dict[str, torch.Tensor]:
+    return {name: torch.full_like(t, value) for name, t in training.model.state_dict().items()}
+
+
+def test_average_and_loss_scale_stand_where_fairseq_has_them(data, tmp_path):
+    training = Training(data, tmp_path / "save")
+    training.update()
+    training.manager.save(training.saving(average=averaged(training, 2.0), loss_scale=64.0))
+    state = torch.load(training.folder / "checkpoint_last.pt", weights_only=True)
+    assert state["last_optimizer_state"]["loss_scale"] == 64.0
+    assert set(state["extra_state"]["ema"]) == set(state["model"])
+
+    other = Training(data, tmp_path / "save")
+    average = averaged(other, 0.0)
+    restored = other.manager.load(other.model, other.optimizer, other.criterion, average)
+    assert restored.average and restored.loss_scale == 64.0
+    assert all(bool((tensor == 2.0).all()) for tensor in average.values())
+    assert "ema" not in restored.extra
+
+
+@pytest.mark.parametrize("kind", ["fp32", "older", "none", "cut"])
+def test_averages_of_other_writers(kind, saved):
+    path = saved.folder / "checkpoint_last.pt"
+    state = store.load(path)
+    half = {name: tensor.half() for name, tensor in averaged(saved, 3.0).items()}
+    wide = {name: tensor.float() + 0.125 for name, tensor in half.items()}
+    if kind == "fp32":
+        state["extra_state"] |= {"ema": half, "ema_fp32_params": wide}
+    elif kind == "older":
+        state["fairseq_lite"]["extra"]["ema"] = {**wide, "_since": 1}
+    elif kind == "cut":
+        del half["decoder.embed_tokens.weight"]
+        state["extra_state"]["ema"] = half
+    store.save(path, state)
+    average = averaged(saved, 0.0)
+
+    def load() -> Restored:
+        return saved.manager.load(saved.model, saved.optimizer, saved.criterion, average)
+
+    if kind == "cut":
+        with pytest.raises(CheckpointError, match="decoder.embed_tokens.weight is missing"):
+            load()
+        return
+    restored = load()
+    assert restored.average == (kind != "none")
+    expected = 0.0 if kind == "none" else 3.125
+    assert all(bool((tensor == expected).all()) for tensor in average.values())
+    if kind == "older":
+        assert restored.extra["ema_since"] == 1 and "ema" not in restored.extra

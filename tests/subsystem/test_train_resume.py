@@ -94,8 +94,7 @@ def test_intervals_of_the_log_and_the_moving_average_go_on(
     train(toy_data, parts, *more, "--max-update", TOTAL, "--no-epoch-checkpoints")
     assert_same_end(whole, parts)
     averages = [
-        store.load(folder / "checkpoint_last.pt")["fairseq_lite"]["extra"]["ema"]
-        for folder in (whole, parts)
+        store.load(folder / "checkpoint_last.pt")["extra_state"]["ema"] for folder in (whole, parts)
     ]
     name = "encoder.layers.0.fc1.weight"
     assert torch.equal(averages[0][name], averages[1][name])

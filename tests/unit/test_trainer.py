@@ -208,7 +208,7 @@ def test_the_moving_average_follows_the_weights() -> None:
     trainer = make(ema=True)
     trainer.train_step([batch(1.0)])  # 1 -> 0.5
     assert trainer.average is not None
-    assert float(trainer.average.state_dict()["weight"]) == 0.75
+    assert float(trainer.average.weights["weight"]) == 0.75
 
 
 def test_describe_batch_is_short() -> None:

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 import fairseq_lite
 from fairseq_lite.config import serial
@@ -52,7 +52,9 @@ class Saving:
         train_iterator: the iterator's state, at an epoch's end that of the next epoch.
         training_time: seconds trained, earlier runs included.
         metrics: in fairseq's form: {aggregator: [(priority, key, meter class, state), …]}.
-        extra: what else a bit-exact resume needs; plain values and tensors.
+        extra: what else a bit-exact resume needs; plain values.
+        average: the moving average of the weights, or None.
+        loss_scale: of fp16, or None.
     """
 
     epoch: int
@@ -68,6 +70,8 @@ class Saving:
     training_time: float = 0.0
     metrics: Any = dataclasses.field(default_factory=OrderedDict)
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    average: Mapping[str, Tensor] | None = None
+    loss_scale: float | None = None
 
     @property
     def moment(self) -> naming.Moment:
@@ -89,6 +93,8 @@ class Restored:
         best: the best validation metric so far.
         previous_training_time: seconds.
         extra: `Saving.extra` of the run that wrote it; empty for fairseq's files.
+        average: whether the moving average was restored too.
+        loss_scale: of fp16; None where the file has none.
     """
 
     path: Path
@@ -100,6 +106,8 @@ class Restored:
     best: float | None = None
     previous_training_time: float = 0.0
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    average: bool = False
+    loss_scale: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +191,7 @@ class CheckpointManager:
         # No waiting for other ranks: one that ran out of memory is alone here. And no error either:
         # it would take the place of the one that stops the run.
         try:
-            own = self._backend.save_parts(saving.model, saving.optimizer)
+            own = self._backend.crash_parts(saving.model, saving.optimizer, saving.average)
             self._write([naming.CRASH], saving, own)
         except FliteError as e:
             logger.warning("%s could not be written: %s", naming.CRASH, e)
@@ -197,14 +205,14 @@ class CheckpointManager:
         if not names:
             return None
         optimizer = None if self._cfg.no_save_optimizer_state else saving.optimizer
-        own = self._backend.save_parts(saving.model, optimizer)
+        own = self._backend.save_parts(saving.model, optimizer, saving.average)
         self._together(lambda: self._write(names, saving, own))
         return self._folder / names[0]
 
     def _write(self, names: list[str], saving: Saving, own: Mapping[str, Part]) -> None:
         self._finish_pending()
         header = self._header(saving)
-        states = {name: _with_part(header, part) for name, part in own.items()}
+        states = {name: _with_part(header, part, saving.loss_scale) for name, part in own.items()}
         if not self._cfg.write_checkpoints_asynchronously:
             self._write_now(names, saving.moment, states)
             return
@@ -297,9 +305,19 @@ class CheckpointManager:
     # -- restoring ------------------------------------------------------------------------------
 
     def load(
-        self, model: nn.Module, optimizer: Optimizer | None, criterion: Criterion
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        criterion: Criterion,
+        average: Mapping[str, Tensor] | None = None,
     ) -> Restored | None:
         """Restore what `--restore-file` and its relatives say.
+
+        Args:
+            model: is filled.
+            optimizer: is filled, unless the flags say otherwise.
+            criterion: is filled where it has parameters.
+            average: the moving average's tensors; filled where the checkpoint has one.
 
         Returns:
             What the loop takes over; None when there is nothing to start from.
@@ -317,6 +335,8 @@ class CheckpointManager:
         self._together(lambda: read.update(_read(path)) if self._world.is_main else None)
         header = self._world.broadcast_state(_header_of(read) if read else None)
         use_optimizer = not resets.optimizer and bool(header["has_optimizer"])
+        if resets.optimizer or not header["has_average"]:
+            average = None
         overriding: _Overriding | None = None
         if optimizer is not None and use_optimizer:
             _check_same(path, header["optimizer_history"], criterion, optimizer)
@@ -325,7 +345,7 @@ class CheckpointManager:
             path, {next(iter(parts.part_files(path))): read} if read else {}
         )
         try:
-            self._backend.load_parts(model, overriding, files)
+            self._backend.load_parts(model, overriding, files, average)
         except CheckpointError as e:
             raise e if str(path) in str(e) else CheckpointError(f"{path}: {e}") from e
         if header["criterion"] and _has_parameters(criterion):
@@ -333,6 +353,7 @@ class CheckpointManager:
         self._task.load_state_dict(header["task_state"])
         self._history = list(header["optimizer_history"])
         restored = _restored(path, header, resets, use_optimizer)
+        restored = dataclasses.replace(restored, average=average is not None)
         if not use_optimizer and not resets.optimizer:
             logger.warning(
                 "%s holds no optimizer state: the optimizer starts anew, updates count from 0", path
@@ -407,6 +428,10 @@ class _Overriding:
         self._optimizer = optimizer
         self._overrides = overrides
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups
+
     def state_dict(self) -> dict[str, Any]:
         return self._optimizer.state_dict()
 
@@ -431,13 +456,21 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _header_of(state: Mapping[str, Any]) -> dict[str, Any]:
     """What every rank needs to know of a checkpoint: little, and no weights."""
+    optimizer = state.get("last_optimizer_state")
+    averages = (parts.AVERAGE_KEY, parts.WIDE_AVERAGE_KEY)
+    extra = dict(parts.own(state).get("extra") or {})
+    older = extra.pop("ema", None)  # where this project kept the moving average at first
+    if isinstance(older, Mapping):
+        extra["ema_since"] = older.get("_since", 0)
     return {
-        "has_optimizer": state.get("last_optimizer_state") is not None,
+        "has_optimizer": optimizer is not None,
+        "has_average": parts.average_of(state) is not None,
+        "loss_scale": optimizer.get("loss_scale") if isinstance(optimizer, Mapping) else None,
         "optimizer_history": state["optimizer_history"],
-        "extra_state": state["extra_state"],
+        "extra_state": {k: v for k, v in state["extra_state"].items() if k not in averages},
         "criterion": state.get("criterion"),
         "task_state": state.get("task_state") or {},
-        "extra": parts.own(state).get("extra") or {},
+        "extra": extra,
     }
 
 
@@ -475,16 +508,24 @@ def _restored(
         best=None if resets.optimizer or resets.meters else extra.get("best"),
         previous_training_time=float(extra.get("previous_training_time") or 0.0),
         extra={} if resets.optimizer else header["extra"],
+        loss_scale=header["loss_scale"] if use_optimizer else None,
     )
 
 
-def _with_part(header: Mapping[str, Any], part: Part) -> dict[str, Any]:
+def _with_part(header: Mapping[str, Any], part: Part, loss_scale: float | None) -> dict[str, Any]:
     """One file's content: the header, and the part in fairseq's places."""
     state = dict(header)
     state["model"] = OrderedDict(part.model)
+    if part.average is not None:
+        state["extra_state"] = {
+            **state["extra_state"],
+            parts.AVERAGE_KEY: OrderedDict(part.average),
+        }
     if part.optimizer is not None:
         own = state.pop(parts.OWN_KEY)
         state["last_optimizer_state"] = dict(part.optimizer)
+        if loss_scale is not None:
+            state["last_optimizer_state"]["loss_scale"] = loss_scale
         state[parts.OWN_KEY] = own
     state[parts.OWN_KEY] = {**state[parts.OWN_KEY], "manifest": dict(part.manifest)}
     return state

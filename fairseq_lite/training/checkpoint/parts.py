@@ -19,6 +19,11 @@ from fairseq_lite.training.checkpoint import store
 # The one key of ours in a checkpoint; fairseq's loader passes over it.
 OWN_KEY = "fairseq_lite"
 
+# fairseq's keys in `extra_state`: the moving average of the weights, and its float32 form with
+# --ema-fp32, where the first one is half precision.
+AVERAGE_KEY = "ema"
+WIDE_AVERAGE_KEY = "ema_fp32_params"
+
 
 def part_path(path: Path, part: str) -> Path:
     """The file of a part of the checkpoint called `path`."""
@@ -76,7 +81,10 @@ class CheckpointFiles(PartReader):
         """
         state = self._loaded.pop(name) if name in self._loaded else self._load(name)
         return Part(
-            model_of(state, self._path), state.get("last_optimizer_state"), _manifest(state)
+            model_of(state, self._path),
+            state.get("last_optimizer_state"),
+            average_of(state),
+            _manifest(state),
         )
 
     def _load(self, name: str) -> dict[str, Any]:
@@ -93,6 +101,20 @@ def model_of(state: Mapping[str, Any], path: str | Path) -> Mapping[str, Any]:
     if not isinstance(model, Mapping) or not model:
         raise CheckpointError(f"{path}: holds no model weights")
     return model
+
+
+def average_of(state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The moving average in a loaded checkpoint: float32 where fairseq kept it so beside a half."""
+    extra = state.get("extra_state")
+    if isinstance(extra, Mapping) and isinstance(extra.get(AVERAGE_KEY), Mapping):
+        average = dict(extra[AVERAGE_KEY])
+        wide = extra.get(WIDE_AVERAGE_KEY) or {}
+        return {name: wide.get(name, tensor) for name, tensor in average.items()}
+    # Where this project kept it at first.
+    older = (own(state).get("extra") or {}).get("ema")
+    if not isinstance(older, Mapping):
+        return None
+    return {name: tensor for name, tensor in older.items() if name != "_since"}
 
 
 def own(state: Mapping[str, Any]) -> Mapping[str, Any]:
