@@ -533,6 +533,7 @@ def averaged(training: Training, value: float) -> dict[str, torch.Tensor]:
 
 def test_average_and_loss_scale_stand_where_fairseq_has_them(data, tmp_path):
     training = Training(data, tmp_path / "save")
+    training.manager.prepare()
     training.update()
     training.manager.save(training.saving(average=averaged(training, 2.0), loss_scale=64.0))
     state = torch.load(training.folder / "checkpoint_last.pt", weights_only=True)
