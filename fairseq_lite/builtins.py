@@ -25,11 +25,13 @@ _REGISTRIES = {
 _ENTRIES = (
     "fairseq_lite.tasks.translation",
     "fairseq_lite.models.transformer",
+    "fairseq_lite.models.transformer_lm",
     "fairseq_lite.models.presets",
     "fairseq_lite.criteria.cross_entropy",
     "fairseq_lite.optim.optimizers",
     "fairseq_lite.optim.schedules",
     "fairseq_lite.parallel.legacy_ddp",
+    "fairseq_lite.parallel.sharding",
     "fairseq_lite.scoring",
     "fairseq_lite.data.text",
 )

@@ -32,6 +32,7 @@ class FlagInfo:
     const: Any = _UNSET
     positional: bool = False
     metavar: str | None = None
+    typed: bool = True
 
 
 def flag(
@@ -43,6 +44,7 @@ def flag(
     const: Any = _UNSET,
     positional: bool = False,
     metavar: str | None = None,
+    typed: bool = True,
 ) -> Any:
     """A dataclass field that is also a flag.
 
@@ -54,6 +56,7 @@ def flag(
         const: the value of the flag typed without one (`--remove-bpe`).
         positional: typed without dashes (the data folder).
         metavar: the placeholder shown in `--help`.
+        typed: False for a field that only checkpoints and YAML files set: it has no flag.
     """
     info = FlagInfo(
         help,
@@ -62,6 +65,7 @@ def flag(
         const,
         positional,
         metavar,
+        typed,
     )
     if isinstance(default, (dict, list)):
         return dataclasses.field(
@@ -77,8 +81,10 @@ def info_of(field: dataclasses.Field[Any]) -> FlagInfo:
 
 
 def flag_names(field: dataclasses.Field[Any]) -> tuple[str, ...]:
-    """All spellings of a field's flag, the main one first."""
+    """All spellings of a field's flag, the main one first; none for a field without one."""
     info = info_of(field)
+    if not info.typed:
+        return ()
     if info.positional:
         return (field.name, *info.aliases)
     return ("--" + field.name.replace("_", "-"), *info.aliases)
@@ -242,6 +248,8 @@ def add_flags(
                 raise ConfigError(f"{name} is declared by {owners[name]} and again by {owner}")
             owners[name] = owner
         info = info_of(field)
+        if not info.typed:
+            continue
         tp, _ = _optional(hints[field.name])
         options: dict[str, Any] = {
             "help": _help_text(field, info),
@@ -316,7 +324,7 @@ def to_argv(config: Any) -> list[str]:
     words: list[str] = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value == default_of(field) or value is None:
+        if value == default_of(field) or value is None or not info_of(field).typed:
             continue
         if info_of(field).positional:
             words.insert(0, render(value))

@@ -329,5 +329,7 @@ def describe_flags(command_name: str, registries: Mapping[str, Registry]) -> lis
 
 def _describe(owner: str, config: type) -> list[str]:
     return [
-        f"{owner} {' '.join(flag_names(f))} = {default_of(f)!r}" for f in dataclasses.fields(config)
+        f"{owner} {' '.join(names)} = {default_of(f)!r}"
+        for f in dataclasses.fields(config)
+        if (names := flag_names(f))
     ]

@@ -26,6 +26,8 @@ class StackConfig:
         input_dim: width of the embeddings; projected to D where it differs.
         output_dim: width before the output projection; projected from D where it differs.
         encoder_dim: width of the states cross-attention reads; None for a stack without it.
+        scale_attn, scale_fc, scale_heads, scale_resids: NormFormer's additions (Shleifer et al.
+            2021), in decoder layers only; see `TransformerDecoderLayer`.
     """
 
     embed_dim: int
@@ -49,6 +51,10 @@ class StackConfig:
     checkpoint_activations: bool
     offload_activations: bool
     min_params_to_wrap: int
+    scale_attn: bool = False
+    scale_fc: bool = False
+    scale_heads: bool = False
+    scale_resids: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,33 +121,12 @@ class TransformerConfig:
     )
 
     def __post_init__(self) -> None:
-        for side, dim, heads in (
-            ("encoder", self.encoder_embed_dim, self.encoder_attention_heads),
-            ("decoder", self.decoder_dim, self.decoder_attention_heads),
-        ):
-            if dim < 1 or heads < 1 or dim % heads:
-                raise ConfigError(
-                    f"--{side}-embed-dim {dim} is not divisible by --{side}-attention-heads {heads}"
-                )
-        for flag_name, p in (
-            ("dropout", self.dropout),
-            ("attention-dropout", self.attention_dropout),
-            ("activation-dropout", self.activation_dropout),
-            ("encoder-layerdrop", self.encoder_layerdrop),
-            ("decoder-layerdrop", self.decoder_layerdrop),
-        ):
-            if not 0.0 <= p <= 1.0:
-                raise ConfigError(f"--{flag_name} {p}: expected a number from 0 to 1")
-        for flag_name, layers, keep in (
-            ("encoder-layers", self.encoder_layers, self.encoder_layers_to_keep),
-            ("decoder-layers", self.decoder_layers, self.decoder_layers_to_keep),
-        ):
-            if layers < 1:
-                raise ConfigError(f"--{flag_name} {layers}: expected at least 1")
-            if keep and min(keep) < 0:
-                raise ConfigError(
-                    f"--{flag_name}-to-keep {','.join(map(str, keep))}: layers are numbered from 0"
-                )
+        check_heads("encoder", self.encoder_embed_dim, self.encoder_attention_heads)
+        check_heads("decoder", self.decoder_dim, self.decoder_attention_heads)
+        check_probabilities(self, "dropout", "attention_dropout", "activation_dropout")
+        check_probabilities(self, "encoder_layerdrop", "decoder_layerdrop")
+        check_depth("encoder", self.encoder_layers, self.encoder_layers_to_keep)
+        check_depth("decoder", self.decoder_layers, self.decoder_layers_to_keep)
         if self.share_all_embeddings and self.encoder_embed_dim != self.decoder_dim:
             raise ConfigError(
                 f"--share-all-embeddings needs equal widths: --encoder-embed-dim"
@@ -173,8 +158,8 @@ class TransformerConfig:
         ffn = self.decoder_ffn_embed_dim
         return dataclasses.replace(
             self,
-            encoder_layers=_depth(self.encoder_layers, self.encoder_layers_to_keep),
-            decoder_layers=_depth(self.decoder_layers, self.decoder_layers_to_keep),
+            encoder_layers=depth(self.encoder_layers, self.encoder_layers_to_keep),
+            decoder_layers=depth(self.decoder_layers, self.decoder_layers_to_keep),
             decoder_embed_dim=self.decoder_dim,
             decoder_ffn_embed_dim=self.encoder_ffn_embed_dim if ffn is None else ffn,
             decoder_output_dim=self.decoder_out_dim,
@@ -229,5 +214,32 @@ class TransformerConfig:
         )
 
 
-def _depth(layers: int, keep: tuple[int, ...] | None) -> int:
+def depth(layers: int, keep: tuple[int, ...] | None) -> int:
+    """How many layers are built: as many as are kept."""
     return layers if not keep else len(keep)
+
+
+def check_heads(side: str, dim: int, heads: int) -> None:
+    """Refuse a width that the heads do not divide."""
+    if dim < 1 or heads < 1 or dim % heads:
+        raise ConfigError(
+            f"--{side}-embed-dim {dim} is not divisible by --{side}-attention-heads {heads}"
+        )
+
+
+def check_probabilities(config: object, *fields: str) -> None:
+    """Refuse a field of `config` that is no probability."""
+    for field in fields:
+        p = getattr(config, field)
+        if not 0.0 <= p <= 1.0:
+            raise ConfigError(f"--{field.replace('_', '-')} {p}: expected a number from 0 to 1")
+
+
+def check_depth(side: str, layers: int, keep: tuple[int, ...] | None) -> None:
+    """Refuse a stack without layers, and layers to keep that cannot exist."""
+    if layers < 1:
+        raise ConfigError(f"--{side}-layers {layers}: expected at least 1")
+    if keep and min(keep) < 0:
+        raise ConfigError(
+            f"--{side}-layers-to-keep {','.join(map(str, keep))}: layers are numbered from 0"
+        )

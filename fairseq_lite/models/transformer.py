@@ -255,10 +255,17 @@ class TransformerModel(Model):
         """Make a model with fresh weights.
 
         Raises:
-            ConfigError: --share-all-embeddings with two different dictionaries.
+            ConfigError: --share-all-embeddings with two different dictionaries; a task without a
+                source and a target.
         """
         source, target = task.source_dictionary, task.target_dictionary
-        max_source, max_target = task.max_positions()
+        longest = task.max_positions()
+        if not isinstance(longest, tuple):
+            raise ConfigError(
+                "--arch transformer translates: use --task translation, or --arch transformer_lm"
+                " for a language model"
+            )
+        max_source, max_target = longest
         encoder_cfg, decoder_cfg = cfg.encoder_stack(), cfg.decoder_stack()
         embed_source = Embedding(len(source), encoder_cfg.input_dim, source.pad())
         if cfg.share_all_embeddings:
