@@ -270,16 +270,12 @@ COMING: dict[str, str] = {
     "--checkpoint-shard-count": "it comes with sharded checkpoints; leave it out",
     "--checkpoint-suffix": "it comes with sharded checkpoints; name the file in --path",
     "--constraints": "constrained search comes later; use --prefix-size for a forced beginning",
-    "--cpu-offload": "it comes with --ddp-backend fully_sharded",
     "--eos": "the special symbols have fairseq's fixed ids; leave it out",
-    "--fp32-reduce-scatter": "it comes with --ddp-backend fully_sharded",
     "--lm-path": "fusion with a language model comes with language models",
     "--lm-weight": "fusion with a language model comes with language models",
     "--load-alignments": "training on alignments comes later; leave it out",
-    "--no-reshard-after-forward": "it comes with --ddp-backend fully_sharded",
     "--pad": "the special symbols have fairseq's fixed ids; leave it out",
     "--unk": "the special symbols have fairseq's fixed ids; leave it out",
-    "--use-sharded-state": "it comes with --ddp-backend fully_sharded",
     "--distributed-backend": _ONE_PROCESS,
     "--distributed-init-method": _ONE_PROCESS,
     "--distributed-no-spawn": _ONE_PROCESS,
@@ -288,6 +284,11 @@ COMING: dict[str, str] = {
     "--distributed-rank": _ONE_PROCESS,
     "--distributed-world-size": _ONE_PROCESS,
 }
+
+# Of training with --ddp-backend fully_sharded.
+_SHARDING = frozenset(
+    "--cpu-offload --fp32-reduce-scatter --no-reshard-after-forward --use-sharded-state".split()
+)
 
 # Flags fairseq's command takes and never reads: accepted there with a warning.
 IDLE: dict[str, frozenset[str]] = {
@@ -314,13 +315,15 @@ IDLE: dict[str, frozenset[str]] = {
         --save-interval-updates --wandb-project --warmup-updates
         --write-checkpoints-asynchronously
         """.split()
-    ),
+    )
+    | _SHARDING,
     "validate": frozenset(
         """
         --criterion --ddp-backend --force-anneal --heartbeat-timeout --lr-scheduler
         --lr-shrink --optimizer --scoring --wandb-project --warmup-updates
         """.split()
-    ),
+    )
+    | _SHARDING,
 }
 IDLE["interactive"] = IDLE["generate"] | {"--scoring"}
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fairseq_lite.config.core import OptimizationConfig
 from fairseq_lite.errors import CheckpointError, ConfigError
+from fairseq_lite.parallel.local import local, rows_of
 from fairseq_lite.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,9 @@ class Optimizer(ABC):
 
     Not a `torch.optim.Optimizer`, because making the first of those in a process imports torch's
     compiler, a second or more of every start. The state dictionary has the same layout.
+
+    Of a parameter that is spread over ranks only this rank's part is updated, and the state is as
+    large as that part: rules that go element by element need no more.
 
     Args:
         params: what to optimize; parameters that need no gradient are left out.
@@ -84,7 +88,8 @@ class Optimizer(ABC):
         params, grads = self._with_gradients()
         if params:
             with torch.no_grad():
-                self._step(params, grads, [self._state_of(p) for p in params])
+                states = [self._state_of(p) for p in params]
+                self._step([local(p) for p in params], grads, states)
         self._factor = None
 
     def _step(
@@ -102,7 +107,7 @@ class Optimizer(ABC):
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         state = self.state.get(param)
         if state is None:
-            state = self.state[param] = self.fresh(param)
+            state = self.state[param] = self.fresh(local(param))
         return state
 
     def zero_grad(self) -> None:
@@ -231,13 +236,16 @@ class Optimizer(ABC):
             return int(value)
         if not isinstance(value, Tensor):
             return value
-        if value.dim() > 0 and key in self.like_parameter and value.shape != param.shape:
-            raise CheckpointError(
-                f"the optimizer state {key!r} has shape {tuple(value.shape)}, its parameter "
-                f"{tuple(param.shape)}: use --reset-optimizer"
-            )
-        dtype = self.state_dtype(param, key) if value.is_floating_point() else value.dtype
-        return value.detach().to(device=param.device, dtype=dtype, copy=True)
+        part = local(param)
+        if value.dim() > 0 and key in self.like_parameter:
+            value = rows_of(value, param)
+            if value.shape != part.shape:
+                raise CheckpointError(
+                    f"the optimizer state {key!r} has shape {tuple(value.shape)}, its parameter "
+                    f"{tuple(param.shape)}: use --reset-optimizer"
+                )
+        dtype = self.state_dtype(part, key) if value.is_floating_point() else value.dtype
+        return value.detach().to(device=part.device, dtype=dtype, copy=True)
 
     #: Hyper-parameters that change during training, so that a checkpoint's values count.
     carried: ClassVar[frozenset[str]] = frozenset(("lr", "lr_old", "step"))
@@ -252,8 +260,9 @@ class Optimizer(ABC):
         return torch.float64 if param.dtype == torch.float64 else torch.float32
 
     def _with_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Parameters that have a gradient, and the gradients' parts on this rank."""
         params = [p for p in self.params if p.grad is not None]
-        return params, [p.grad for p in params if p.grad is not None]
+        return params, [local(p.grad) for p in params if p.grad is not None]
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -125,11 +125,14 @@ class Backend(ABC):
     Args:
         cfg: the backend's own flags.
         world: the processes.
+        dtype: what forward and backward compute in under the trainer's autocast, for backends whose
+            weights travel in it too; None: float32.
     """
 
-    def __init__(self, cfg: Any, world: World) -> None:
+    def __init__(self, cfg: Any, world: World, *, dtype: torch.dtype | None = None) -> None:
         self.cfg = cfg
         self.world = world
+        self.dtype = dtype
 
     @classmethod
     def reasons(cls, run: RunConfig, machine: Machine | None = None) -> list[str]:
@@ -185,6 +188,14 @@ class Backend(ABC):
 
         Each parameter counts once, however many names or replicas it has.
         """
+
+    def whole(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside, every rank may call any submodule with whole weights and without collectives.
+
+        For validation by generation, in which ranks take different numbers of steps, and export.
+        Entered and left by every rank; nothing is trained inside.
+        """
+        return nullcontext()
 
     @abstractmethod
     def save_parts(

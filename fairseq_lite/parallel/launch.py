@@ -61,7 +61,11 @@ def launch(
     """
     found = plan(run.distributed_training, cpu=run.common.cpu, machine=Machine.here())
     if found.size == 1:
-        fn(run, SingleWorld(_device(found, 0)))
+        world = SingleWorld(_device(found, 0))
+        try:
+            fn(run, world)
+        finally:
+            world.close()
     elif found.spawn:
         spawn(found, fn, run, setup=setup, user_dir=run.common.user_dir)
     else:

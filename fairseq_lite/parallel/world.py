@@ -88,6 +88,13 @@ class World(ABC):
         """Wait until every rank is here."""
 
     @abstractmethod
+    def form_group(self) -> None:
+        """Have torch's default process group exist, which sharded tensors want in one process too.
+
+        Doing it twice is a no-op; `close` ends it.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Leave the group; the last thing a rank does."""
 
@@ -118,6 +125,7 @@ class SingleWorld(World):
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         super().__init__(0, 1, 0, torch.device(device))
+        self._formed = False
 
     def sum(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
         return dict(zip(values, _to_block(values.values(), self.device).tolist(), strict=True))
@@ -146,8 +154,22 @@ class SingleWorld(World):
     def barrier(self) -> None:
         pass
 
+    def form_group(self) -> None:
+        if not dist.is_initialized():
+            cuda = self.device.type == "cuda"
+            dist.init_process_group(
+                "nccl" if cuda else "gloo",
+                store=dist.HashStore(),
+                rank=0,
+                world_size=1,
+                device_id=self.device if cuda else None,
+            )
+            self._formed = True
+
     def close(self) -> None:
-        pass
+        if self._formed and dist.is_initialized():
+            dist.destroy_process_group()
+        self._formed = False
 
 
 class ProcessWorld(World):
@@ -219,6 +241,9 @@ class ProcessWorld(World):
     def barrier(self) -> None:
         # A reduction that is read back also waits for the GPU, which dist.barrier need not.
         self.max(0.0)
+
+    def form_group(self) -> None:
+        pass
 
     def close(self) -> None:
         if dist.is_initialized():

@@ -43,8 +43,14 @@ def check(run: RunConfig) -> None:
 
 def build_trainer(run: RunConfig, world: World, task: Task) -> Trainer:
     """Make backend, model, criterion, optimizer, schedule and precision, and say what they are."""
+    precision = make_precision(
+        run.common,
+        world.device,
+        update_freq=run.optimization.update_freq,
+        world_size=world.size,
+    )
     backend = BACKENDS.get(run.ddp_backend.name or "legacy_ddp").factory(
-        run.ddp_backend.config, world
+        run.ddp_backend.config, world, dtype=precision.dtype
     )
     criterion = task.build_criterion(run.criterion, run.optimization.sentence_avg)
     criterion.to(world.device)
@@ -83,12 +89,7 @@ def build_trainer(run: RunConfig, world: World, task: Task) -> Trainer:
             run.optimization,
             maximize=run.checkpoint.maximize_best_checkpoint_metric,
         ),
-        precision=make_precision(
-            run.common,
-            world.device,
-            update_freq=run.optimization.update_freq,
-            world_size=world.size,
-        ),
+        precision=precision,
         state=TrainState(),
         average=MovingAverage(run.ema, model) if run.ema.store_ema else None,
     )

@@ -1,0 +1,88 @@
+"""`--ddp-backend fully_sharded`: its flags, and the choice of the engine that does it.
+
+An engine is imported when it is chosen: torch's takes more than half a second, fairscale may not be
+installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fairseq_lite.config.core import RunConfig
+from fairseq_lite.config.flags import flag
+from fairseq_lite.errors import ConfigError
+from fairseq_lite.parallel.api import BACKENDS, Backend, Machine
+from fairseq_lite.parallel.world import World
+
+Engine = Literal["torch", "fairscale"]
+
+_ENGINES: dict[str, tuple[str, str]] = {
+    "torch": ("fairseq_lite.parallel.fully_sharded", "TorchSharded"),
+    "fairscale": ("fairseq_lite.parallel.fairscale_sharded", "FairscaleSharded"),
+}
+
+
+@dataclass(frozen=True)
+class FullyShardedConfig:
+    """Parameters, gradients and optimizer state spread over the ranks."""
+
+    fsdp_engine: Engine = flag(
+        "torch", "what shards: torch (everywhere) or fairscale (CUDA, unmaintained)"
+    )
+    cpu_offload: bool = flag(
+        False, "keep parameters, gradients and optimizer state in host memory, update them there"
+    )
+    no_reshard_after_forward: bool = flag(
+        False, "keep gathered layers until the backward pass: faster, and takes more memory"
+    )
+    fp32_reduce_scatter: bool = flag(
+        False, "with --bf16, --fp16 or --amp, add up gradients over ranks in float32"
+    )
+    use_sharded_state: bool = flag(
+        False, "each rank writes its own part of a checkpoint (checkpoint_last-shardN.pt)"
+    )
+
+
+class FullySharded:
+    """What `BACKENDS` holds under "fully_sharded": it stands for the engine that was chosen."""
+
+    def __call__(self, cfg: FullyShardedConfig, world: World, **options: Any) -> Backend:
+        backend: Backend = self.engine(cfg)(cfg, world, **options)
+        return backend
+
+    def reasons(self, run: RunConfig, machine: Machine | None = None) -> list[str]:
+        """See `Backend.reasons`."""
+        try:
+            engine = self.engine(run.ddp_backend.config)
+        except ConfigError as e:
+            return [str(e)]
+        reasons: list[str] = engine.reasons(run, machine)
+        return reasons
+
+    def check(self, run: RunConfig, machine: Machine | None = None) -> None:
+        """See `Backend.check`."""
+        for reason in self.reasons(run, machine):
+            raise ConfigError(reason)
+
+    @staticmethod
+    def engine(cfg: FullyShardedConfig) -> Any:
+        """The backend class of the engine.
+
+        Raises:
+            ConfigError: its package is not installed.
+        """
+        module, name = _ENGINES[cfg.fsdp_engine]
+        try:
+            return getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError as e:
+            if cfg.fsdp_engine == "torch":
+                raise
+            raise ConfigError(
+                f"--fsdp-engine fairscale: {e}; pip install 'fairseq-lite[fairscale]', or use "
+                "--fsdp-engine torch"
+            ) from e
+
+
+BACKENDS.register("fully_sharded", config=FullyShardedConfig)(FullySharded())
