@@ -7,6 +7,9 @@ another kind of inner network, such as a mixture of experts, replaces one method
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
 from fairseq_lite.models.attention import MultiheadAttention
@@ -16,8 +19,22 @@ from fairseq_lite.models.layers import ACTIVATIONS, LayerNorm
 
 
 class _Layer(nn.Module):
-    """What both layers share: dropout, order of normalisation, the feed-forward block."""
+    """What both layers share: dropout, order of normalisation, two of the residual blocks.
 
+    With NormFormer's additions (Shleifer et al. 2021; `cfg.scale_*`), y being a block's input,
+    a the attention and f(x) = dropout(activation(fc1(x))):
+
+        y + dropout(attn_ln(c_attn * a(norm(y))))        c_attn: one factor for each head
+        w_resid * y + dropout(fc2(ffn_layernorm(f(norm(y)))))
+
+    As in fairseq, and unlike the paper, c_attn multiplies slices of what the output projection
+    gives, not of what it takes.
+    """
+
+    self_attn: MultiheadAttention
+    attn_ln: LayerNorm | None
+    self_attn_layer_norm: LayerNorm
+    ffn_layernorm: LayerNorm | None
     fc1: nn.Linear
     fc2: nn.Linear
     final_layer_norm: LayerNorm
@@ -30,23 +47,46 @@ class _Layer(nn.Module):
         self.activation = ACTIVATIONS[cfg.activation_fn]
         self.dropout_module = Dropout(cfg.dropout, owner)
         self.activation_dropout_module = Dropout(cfg.activation_dropout, owner)
+        self.c_attn = _factors(cfg.attention_heads) if cfg.scale_heads else None
+        self.w_resid = _factors(cfg.embed_dim) if cfg.scale_resids else None
+
+    # The blocks are built in fairseq's order of parameters: optimizer states go by position.
+
+    def _build_self_attention(self, cfg: StackConfig) -> None:
+        self.self_attn = MultiheadAttention(
+            cfg.embed_dim, cfg.attention_heads, dropout=cfg.attention_dropout
+        )
+        self.attn_ln = LayerNorm(cfg.embed_dim) if cfg.scale_attn else None
+        self.self_attn_layer_norm = LayerNorm(cfg.embed_dim)
 
     def _build_feed_forward(self, cfg: StackConfig) -> None:
-        # Called last, so that parameters come in fairseq's order: optimizer states go by position.
+        self.ffn_layernorm = LayerNorm(cfg.ffn_embed_dim) if cfg.scale_fc else None
         self.fc1 = nn.Linear(cfg.embed_dim, cfg.ffn_embed_dim)
         self.fc2 = nn.Linear(cfg.ffn_embed_dim, cfg.embed_dim)
         self.final_layer_norm = LayerNorm(cfg.embed_dim)
 
-    def _self_attention(
-        self,
-        attention: MultiheadAttention,
-        norm: LayerNorm,
-        x: Tensor,
-        bias: Tensor | None,
-        causal: bool,
-    ) -> Tensor:
-        states = norm(x) if self.normalize_before else x
-        out, _ = attention(states, states, bias=bias, causal=causal)
+    def reset_parameters(self) -> None:
+        """Start the factors at one."""
+        with torch.no_grad():
+            for factors in (self.c_attn, self.w_resid):
+                if factors is not None:
+                    factors.fill_(1.0)
+
+    def self_attention(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """The whole residual block of self-attention.
+
+        Args:
+            x: (…, D).
+            attend: from normalised states to what attention gives; decoding step by step has its
+                own.
+        """
+        norm = self.self_attn_layer_norm
+        out = attend(norm(x) if self.normalize_before else x)
+        if self.c_attn is not None:
+            heads = self.c_attn.to(out.dtype)[:, None]
+            out = (out.unflatten(-1, (heads.size(0), -1)) * heads).flatten(-2)
+        if self.attn_ln is not None:
+            out = self.attn_ln(out)
         x = self.dropout_module.add(out, x)
         return x if self.normalize_before else norm(x)
 
@@ -54,9 +94,18 @@ class _Layer(nn.Module):
         """The whole residual block (…, D) -> (…, D)."""
         norm = self.final_layer_norm
         inner = self.activation(self.fc1(norm(x) if self.normalize_before else x))
-        out = self.fc2(self.activation_dropout_module(inner))
+        inner = self.activation_dropout_module(inner)
+        if self.ffn_layernorm is not None:
+            inner = self.ffn_layernorm(inner)
+        out = self.fc2(inner)
+        if self.w_resid is not None:
+            x = x * self.w_resid.to(x.dtype)
         x = self.dropout_module.add(out, x)
         return x if self.normalize_before else norm(x)
+
+
+def _factors(count: int) -> nn.Parameter:
+    return nn.Parameter(torch.ones(count))
 
 
 class TransformerEncoderLayer(_Layer):
@@ -64,15 +113,12 @@ class TransformerEncoderLayer(_Layer):
 
     def __init__(self, cfg: StackConfig) -> None:
         super().__init__(cfg)
-        self.self_attn = MultiheadAttention(
-            cfg.embed_dim, cfg.attention_heads, dropout=cfg.attention_dropout
-        )
-        self.self_attn_layer_norm = LayerNorm(cfg.embed_dim)
+        self._build_self_attention(cfg)
         self._build_feed_forward(cfg)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(B, S, D) -> (B, S, D); `bias` (B, 1, 1, S) hides padding."""
-        x = self._self_attention(self.self_attn, self.self_attn_layer_norm, x, bias, False)
+        x = self.self_attention(x, lambda states: self.self_attn(states, states, bias=bias)[0])
         return self.feed_forward(x)
 
 
@@ -84,10 +130,7 @@ class TransformerDecoderLayer(_Layer):
 
     def __init__(self, cfg: StackConfig) -> None:
         super().__init__(cfg)
-        self.self_attn = MultiheadAttention(
-            cfg.embed_dim, cfg.attention_heads, dropout=cfg.attention_dropout
-        )
-        self.self_attn_layer_norm = LayerNorm(cfg.embed_dim)
+        self._build_self_attention(cfg)
         if cfg.encoder_dim is None:
             self.encoder_attn = self.encoder_attn_layer_norm = None
         else:
@@ -122,7 +165,12 @@ class TransformerDecoderLayer(_Layer):
         Returns:
             (B, T, D), and the weights (B, H, T, S) or None.
         """
-        x = self._self_attention(self.self_attn, self.self_attn_layer_norm, x, bias, causal)
+
+        def attend(states: Tensor) -> Tensor:
+            out: Tensor = self.self_attn(states, states, bias=bias, causal=causal)[0]
+            return out
+
+        x = self.self_attention(x, attend)
         weights = None
         if encoder_states is not None and self.encoder_attn is not None:
             x, weights = self._cross_attention(x, encoder_states, encoder_bias, need_weights)
