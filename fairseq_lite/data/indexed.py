@@ -1,14 +1,16 @@
 """Token files: `PREFIX.idx` says where each item of `PREFIX.bin` lies; both are memory-mapped.
 
 The layout is fairseq's, byte for byte. Items are read in batches (`gather`), which costs a tenth of
-reading them one by one. Nothing but the sizes (4 bytes an item) is copied into a process, and a
-pickled dataset is its path, so ranks and workers share one copy of the data.
+reading them one by one. Nothing but the sizes (4 bytes an item) is copied into a process, and these
+only where `sizes` is used; a pickled dataset is its path, so ranks and workers share one copy of
+the data.
 
 Source: fairseq's `indexed_dataset` formats: mmap ("MMIDIDX"), cached and lazy ("TNTIDX"), raw text.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 import tempfile
@@ -42,6 +44,7 @@ _TYPES: dict[int, type[np.generic]] = {
 _CODES = {np.dtype(t): code for code, t in _TYPES.items() if code != 6}
 _SIZES_PER_STEP = 1 << 20  # items; what the index is written and checked in
 _SCAN_LIMIT = 1 << 24  # tokens; what check_vocabulary reads at once
+_LONG = 64  # tokens; from this mean length on, ranges are read as slices
 
 Ids = npt.NDArray[np.int64]
 
@@ -76,6 +79,11 @@ class TokenDataset(ABC):
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def sizes_of(self, which: slice | Ids) -> Ids:
+        """Lengths of some items, int64; does not need `sizes` as a whole where files have them."""
+        lengths: Ids = self.sizes[which].astype(np.int64)
+        return lengths
+
     @abstractmethod
     def _gather(self, indices: Ids) -> tuple[Ids, Ids]: ...
 
@@ -108,7 +116,8 @@ class TokenDataset(ABC):
         self._limit = size
         if len(self):
             # A prefix of the items, so that a start costs the same for any size of corpus.
-            count = int(np.searchsorted(np.cumsum(self.sizes[:_SCAN_LIMIT]), _SCAN_LIMIT)) + 1
+            ends = np.cumsum(self.sizes_of(slice(0, _SCAN_LIMIT)))
+            count = int(np.searchsorted(ends, _SCAN_LIMIT)) + 1
             self.gather(np.arange(min(count, len(self))))
 
     def _check(self, tokens: Ids) -> None:
@@ -182,6 +191,18 @@ class IndexedDataset(TokenDataset):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.prefix,), {"_limit": self._limit}
 
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    @functools.cached_property
+    def sizes(self) -> npt.NDArray[np.int32]:  # type: ignore[override]
+        """Length of every item; a copy, as they are unaligned in the file, which costs each use."""
+        return self._lengths.astype(np.int32)
+
+    def sizes_of(self, which: slice | Ids) -> Ids:
+        lengths: Ids = self._lengths[which].astype(np.int64)
+        return lengths
+
     def _read_mmap_index(self, index: npt.NDArray[np.uint8], path: str) -> None:
         if len(index) < _MMAP_HEADER.size:
             raise DataError(f"{path}: cut short: {len(index)} bytes, the header alone has 26")
@@ -193,8 +214,7 @@ class IndexedDataset(TokenDataset):
             raise DataError(f"{path}: {fault}: {len(index)} bytes, {count} items need {expected}")
         self.dtype = _type_of(path, code)
         sizes_end = _MMAP_HEADER.size + 4 * count
-        # The header has 26 bytes, so what follows is unaligned; sizes are used over and over.
-        self.sizes = index[_MMAP_HEADER.size : sizes_end].view("<i4").copy()
+        self._lengths: npt.NDArray[Any] = index[_MMAP_HEADER.size : sizes_end].view("<i4")
         self._offsets = index[sizes_end:].view("<i8")
         self._scale = self.dtype.itemsize
         self._shift = 0
@@ -213,14 +233,12 @@ class IndexedDataset(TokenDataset):
             raise DataError(f"{path}: expected one-dimensional items of {self.dtype}")
         numbers = index[_LEGACY_HEADER.size : expected].view("<i8")
         self._offsets = numbers[count + 1 : 2 * count + 1]
-        self.sizes = numbers[2 * (count + 1) :].astype(np.int32)
+        self._lengths = numbers[2 * (count + 1) :]
         self._scale = 1
         self._shift = 1  # these formats store id + 1, as Lua counts from one
 
     def _check_length(self) -> None:
-        expected = 0
-        if len(self):
-            expected = int(self._offsets[-1]) // self._scale + int(self.sizes[-1])
+        expected = self.num_tokens
         if len(self._tokens) < expected:
             raise DataError(
                 f"{self.prefix}.bin: cut short: {len(self._tokens)} tokens, "
@@ -228,15 +246,59 @@ class IndexedDataset(TokenDataset):
             )
 
     def _gather(self, indices: Ids) -> tuple[Ids, Ids]:
-        sizes = self.sizes[indices].astype(np.int64)
-        starts = self._offsets[indices] // self._scale
-        if len(indices) == 1 or _consecutive(starts, sizes):
-            # One slice: an example by itself, or a block of a corpus read in order.
-            first = int(starts[0]) if len(starts) else 0
-            tokens = self._tokens[first : first + int(sizes.sum())].astype(np.int64)
+        sizes, starts = self.sizes_of(indices), self.starts(indices)
+        if _consecutive(starts, sizes):
+            starts, sizes_read = starts[:1], sizes.sum(keepdims=True)
+        else:
+            sizes_read = sizes
+        return self._read(starts, sizes_read), sizes
+
+    # -- the file as one stream of tokens ----------------------------------------------------------
+
+    @property
+    def num_tokens(self) -> int:
+        """Where the last item ends, in tokens from the beginning of the file."""
+        if not len(self):
+            return 0
+        return int(self._offsets[-1]) // self._scale + int(self._lengths[-1])
+
+    def adjacent(self) -> bool:
+        """Whether the items fill the file from its beginning, one after another, without gaps."""
+        if not len(self):
+            return True
+        total = int(self._lengths.sum(dtype=np.int64))
+        return int(self._offsets[0]) == 0 and self.num_tokens == total
+
+    def starts(self, which: slice | Ids) -> Ids:
+        """Where some items begin, in tokens from the beginning of the file."""
+        begin: Ids = self._offsets[which] // self._scale
+        return begin
+
+    def read(self, starts: Ids, sizes: Ids) -> Ids:
+        """Tokens of ranges of the file, whatever items they belong to.
+
+        Raises:
+            DataError: an id beyond the vocabulary given to `check_vocabulary`.
+        """
+        tokens = self._read(starts, sizes)
+        if self._limit is not None and len(tokens):
+            self._check(tokens)
+        return tokens
+
+    def _read(self, starts: Ids, sizes: Ids) -> Ids:
+        if len(starts) == 1:
+            first = int(starts[0])
+            tokens = self._tokens[first : first + int(sizes[0])].astype(np.int64)
+        elif sizes.sum() >= _LONG * len(sizes):
+            # Slices of long ranges are copied at the memory's speed, their positions one by one.
+            parts = [
+                self._tokens[first : first + size]
+                for first, size in zip(starts.tolist(), sizes.tolist(), strict=True)
+            ]
+            tokens = np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
         else:
             tokens = self._tokens[ranges(starts, sizes)].astype(np.int64)
-        return (tokens - self._shift if self._shift else tokens), sizes
+        return tokens - self._shift if self._shift else tokens
 
 
 class ConcatDataset(TokenDataset):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from fairseq_lite.config.flags import flag
 from fairseq_lite.config.serial import section_from_plain
 from fairseq_lite.criteria.api import Criterion
 from fairseq_lite.data.dictionary import Dictionary
+from fairseq_lite.data.folders import data_folders, part_names
 from fairseq_lite.data.indexed import (
     ConcatDataset,
     TokenDataset,
@@ -106,7 +107,7 @@ class TranslationTask(Task):
             ConfigError: no data folder given, or the languages cannot be inferred.
             DataError: the folder or a dictionary is missing.
         """
-        first = Path(data_folders(cfg)[0])
+        first = Path(data_folders(cfg.data)[0])
         cfg = infer_languages(cfg, first)
         dictionaries = []
         for lang in (cfg.source_lang, cfg.target_lang):
@@ -131,7 +132,7 @@ class TranslationTask(Task):
 
     def data_paths(self, epoch: int = 1) -> list[str]:
         """The data folders given."""
-        return data_folders(self.cfg)
+        return data_folders(self.cfg.data)
 
     # -- data -----------------------------------------------------------------------------------
 
@@ -141,7 +142,7 @@ class TranslationTask(Task):
         Raises:
             DataError: the split is missing or damaged, or its sides have unequal lengths.
         """
-        folders = data_folders(self.cfg)
+        folders = data_folders(self.cfg.data)
         # Only training data may change from epoch to epoch: validations must be comparable.
         train = split == self.run.dataset.train_subset
         folder = Path(folders[(epoch - 1) % len(folders)] if train else folders[0])
@@ -220,7 +221,7 @@ class TranslationTask(Task):
 
     def has_split(self, split: str) -> bool:
         """Whether the first data folder has this split."""
-        return self._prefix(Path(data_folders(self.cfg)[0]), split) is not None
+        return self._prefix(Path(data_folders(self.cfg.data)[0]), split) is not None
 
     def unused_valid_subsets(self, used: Sequence[str]) -> list[str]:
         """`valid1`, `valid2`, … in the data folder that are not among `used`."""
@@ -258,7 +259,7 @@ class TranslationTask(Task):
 
     def files(self) -> Mapping[str, Path]:
         """The two dictionaries."""
-        first = Path(data_folders(self.cfg)[0])
+        first = Path(data_folders(self.cfg.data)[0])
         names = [f"dict.{lang}.txt" for lang in (self.source_lang, self.target_lang)]
         return {name: first / name for name in names}
 
@@ -309,29 +310,6 @@ class BleuInValidation:
             logger.info("example hypothesis: %s", hypotheses[0])
             logger.info("example reference: %s", references[0])
         return bleu_sums(hypotheses, references, tokenize=self._tokenize)
-
-
-def part_names(split: str) -> Iterator[str]:
-    """`valid`, `valid1`, `valid2`, … without end."""
-    yield split
-    for number in itertools.count(1):
-        yield f"{split}{number}"
-
-
-def data_folders(cfg: TranslationConfig) -> list[str]:
-    """The data folders, which must exist.
-
-    Raises:
-        ConfigError: none given.
-        DataError: one of them is not a folder.
-    """
-    folders = [part for part in (cfg.data or "").split(":") if part]
-    if not folders:
-        raise ConfigError("no data: give the folder made by flite-preprocess as the first word")
-    for folder in folders:
-        if not Path(folder).is_dir():
-            raise DataError(f"{folder}: no such data folder; make it with flite-preprocess")
-    return folders
 
 
 def infer_languages(cfg: TranslationConfig, folder: Path) -> TranslationConfig:
