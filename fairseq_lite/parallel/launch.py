@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 import sys
 import time
 import traceback
@@ -19,9 +18,9 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from fairseq_lite.config.core import RunConfig
 from fairseq_lite.errors import DistributedError
-from fairseq_lite.parallel import watchdog
+from fairseq_lite.parallel import meeting, network, watchdog
 from fairseq_lite.parallel.api import Machine
-from fairseq_lite.parallel.plan import Plan, plan
+from fairseq_lite.parallel.plan import Plan, plan, threads_per_rank
 from fairseq_lite.parallel.spawn import Failure, Rank, run_ranks
 from fairseq_lite.parallel.watchdog import Watchdog
 from fairseq_lite.parallel.world import ProcessWorld, SingleWorld, World
@@ -101,7 +100,7 @@ def spawn(
 
     def tell_other_machines(reason: str) -> None:
         if not found.one_machine:
-            watchdog.write_reason(_connect(found, timeout=5), reason)
+            meeting.call_off(_connect(found, timeout=5), reason)
 
     run_ranks(
         _child_rank,
@@ -112,7 +111,7 @@ def spawn(
         deadline=deadline,
     )
     if store is not None and not found.one_machine:
-        _linger(_prefixed(found, store), found.size)
+        _linger(meeting.current(store), found.size)
 
 
 def _child_rank(me: Rank, found: Plan, setup: bytes, user_dir: str | None, payload: bytes) -> None:
@@ -123,8 +122,6 @@ def _child_rank(me: Rank, found: Plan, setup: bytes, user_dir: str | None, paylo
     if user_dir is not None:
         import_user_dir(user_dir)
     fn, run = pickle.loads(payload)
-    if found.one_machine:
-        _use_loopback()
 
     def on_death(reason: str) -> None:
         me.fail(Failure(me.rank, "DistributedError", reason))
@@ -162,12 +159,14 @@ class _Membership:
         found = self._plan
         device = _device(found, self._index)
         _share_cores(found)
+        _choose_network(found)
         self._server = _serve(found) if found.serve and not found.spawn else None
         store = _connect(found, START_SECONDS)
-        watchdog.announce(store, self._rank)
-        _await_all(store, found)
+        name = meeting.meet(
+            store, self._rank, found.size, place=_place(found), seconds=START_SECONDS
+        )
         # A connection of its own: the main thread may wait in the other one for minutes.
-        self._store = _connect(found, timeout=found.heartbeat)
+        self._store = meeting.room(_connect(found, timeout=found.heartbeat), name)
         self._watchdog = Watchdog(
             self._store, self._rank, found.size, found.heartbeat, _holder(found), self._die
         )
@@ -175,7 +174,7 @@ class _Membership:
         try:
             dist.init_process_group(
                 found.backend,
-                store=PrefixStore("group", store),
+                store=PrefixStore("group", meeting.room(store, name)),
                 rank=self._rank,
                 world_size=found.size,
                 timeout=timedelta(seconds=COLLECTIVE_SECONDS),
@@ -232,16 +231,18 @@ def _device(found: Plan, index: int) -> torch.device:
 
 def _share_cores(found: Plan) -> None:
     # Each rank would start as many threads as there are cores, and all would wait for each other.
-    if not found.cuda and "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, (cores or 1) // found.local_size))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = threads_per_rank(found, os.environ, cores or 1)
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of processes that this one starts
+        torch.set_num_threads(threads)
 
 
-def _use_loopback() -> None:
-    # gloo looks up this machine's name otherwise, which fails on a laptop without a network.
-    for name in ("lo", "lo0"):
-        if name in (n for _, n in socket.if_nameindex()):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+def _choose_network(found: Plan) -> None:
+    if found.size == found.local_size:
+        network.use_loopback()
+    elif found.backend == "gloo":
+        network.choose_interface(found.host, found.port)
 
 
 def _serve(found: Plan) -> TCPStore:
@@ -274,38 +275,20 @@ def _connect(found: Plan, timeout: float) -> Store:
             f"rank {found.first_rank} cannot reach rank 0's machine at {found.host}:{found.port} "
             f"({one_line(e)})"
         ) from e
-    return _prefixed(found, store)
+    return store
 
 
-def _prefixed(found: Plan, store: Store) -> Store:
-    # torchrun keeps one store over restarts; what an earlier attempt wrote must not be read.
-    return PrefixStore(f"flite/{found.attempt}", store)
-
-
-def _await_all(store: Store, found: Plan) -> None:
-    end = time.monotonic() + START_SECONDS
-    pause = 0.01
-    while absent := watchdog.missing(store, found.size):
-        reason = watchdog.read_reason(store)
-        if reason is not None:
-            raise DistributedError(reason)
-        if time.monotonic() > end:
-            names = ", ".join(map(str, absent[:8]))
-            raise DistributedError(
-                f"{found.size - len(absent)} of {found.size} ranks met at {found.host}:"
-                f"{found.port} within {START_SECONDS} s; rank(s) {names} did not come"
-            )
-        time.sleep(pause)
-        pause = min(1.0, 1.5 * pause)
-
-
-def _linger(store: Store, size: int) -> None:
+def _linger(store: Store | None, size: int) -> None:
     end = time.monotonic() + _LINGER_SECONDS
-    while not watchdog.all_done(store, size) and time.monotonic() < end:
+    while store is not None and not watchdog.all_done(store, size) and time.monotonic() < end:
         time.sleep(0.05)
+
+
+def _place(found: Plan) -> str:
+    return f"{found.host}:{found.port}"
 
 
 def _holder(found: Plan) -> str:
     if found.one_machine:
         return "the process that started the ranks"
-    return f"rank 0's machine ({found.host}:{found.port})"
+    return f"rank 0's machine ({_place(found)})"

@@ -17,6 +17,8 @@ from fairseq_lite.parallel.api import Machine
 
 # Below the range from which systems give out ports of their own (Linux: 32768).
 _SLURM_PORTS = range(10000, 30000)
+# Only what srun starts has one of these; a batch script has SLURM_PROCID and SLURM_NTASKS too.
+_SLURM_STEP = {"SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS"}
 # Long enough for a pause to write a large checkpoint, short enough that all ranks have ended a
 # minute after one froze.
 DEFAULT_HEARTBEAT = 40
@@ -33,9 +35,9 @@ class Plan:
         spawn: whether it starts them, or is the rank itself.
         local_rank: the local rank of the first of them.
         local_size: ranks on this machine, as far as known; they share its cores.
+        cores: processor cores that are this process's own, where the launcher says so.
         host, port: where rank 0's machine answers; port 0 chooses one (this machine only).
         serve: whether rank 0's machine is this one and nobody else answers there.
-        attempt: torchrun's restart count.
         cuda: whether ranks compute on GPUs.
         backend: "gloo" or "nccl".
         heartbeat: seconds of silence after which a rank counts as dead.
@@ -47,10 +49,10 @@ class Plan:
     spawn: bool = False
     local_rank: int = 0
     local_size: int = 1
+    cores: int | None = None
     host: str = "127.0.0.1"
     port: int = 0
     serve: bool = True
-    attempt: str = "0"
     cuda: bool = False
     backend: str = "gloo"
     heartbeat: int = DEFAULT_HEARTBEAT
@@ -82,7 +84,7 @@ def plan(cfg: DistributedTrainingConfig, *, cpu: bool, machine: Machine) -> Plan
             "--distributed-init-method env:// reads RANK and WORLD_SIZE, which are not set: start "
             "with torchrun, or give tcp://HOST:PORT"
         )
-    elif _slurm_tasks(machine.environ) > 1:
+    elif _slurm_tasks(machine.environ) > 1 and not _ignores_slurm(cfg, machine.environ):
         found = _from_slurm(cfg, machine.environ, gpus)
     else:
         found = _local(cfg, gpus)
@@ -171,12 +173,16 @@ def _from_torchrun(cfg: DistributedTrainingConfig, environ: Mapping[str, str]) -
         host=environ.get("MASTER_ADDR", "127.0.0.1"),
         port=_number(environ, "MASTER_PORT", 0),
         serve=rank == 0 and not agent,
-        attempt=environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
     )
 
 
 def _from_slurm(cfg: DistributedTrainingConfig, environ: Mapping[str, str], gpus: int) -> Plan:
     tasks, task = _slurm_tasks(environ), _number(environ, "SLURM_PROCID")
+    if not _SLURM_STEP & environ.keys():
+        raise ConfigError(
+            f"Slurm gave this job {tasks} tasks, but this process is none of them: start it with "
+            "srun; or add --distributed-world-size N for N processes on this machine only"
+        )
     nodes = _number(environ, "SLURM_STEP_NUM_NODES", _number(environ, "SLURM_NNODES", 1))
     # One task on each node and several GPUs: the task starts a process a GPU, as fairseq's does.
     each = 1
@@ -206,7 +212,8 @@ def _from_slurm(cfg: DistributedTrainingConfig, environ: Mapping[str, str], gpus
         processes=each,
         spawn=each > 1,
         local_rank=0 if each > 1 else _number(environ, "SLURM_LOCALID", 0),
-        local_size=each if each > 1 else max(1, tasks // nodes),
+        local_size=each if each > 1 else _tasks_here(environ, tasks, nodes),
+        cores=_number(environ, "SLURM_CPUS_PER_TASK", 0) or None,
         host=first_host(names),
         port=port,
         serve=task == 0,
@@ -218,6 +225,22 @@ def _slurm_tasks(environ: Mapping[str, str]) -> int:
         return 1
     # A shell that srun opened inside a larger allocation is a step of one task.
     return _number(environ, "SLURM_STEP_NUM_TASKS", _number(environ, "SLURM_NTASKS"))
+
+
+def _ignores_slurm(cfg: DistributedTrainingConfig, environ: Mapping[str, str]) -> bool:
+    """Whether this is Slurm's batch script itself, told to start processes of its machine only."""
+    return cfg.distributed_world_size is not None and not _SLURM_STEP & environ.keys()
+
+
+def _tasks_here(environ: Mapping[str, str], tasks: int, nodes: int) -> int:
+    """Tasks on this node; nodes need not have equally many: "2(x3),1"."""
+    each: list[int] = []
+    for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is not None:
+            each += [int(match[1])] * int(match[2] or 1)
+    node = _number(environ, "SLURM_NODEID", 0)
+    return each[node] if node < len(each) else max(1, tasks // nodes)
 
 
 def _local(cfg: DistributedTrainingConfig, gpus: int) -> Plan:
@@ -256,6 +279,21 @@ def _on_devices(found: Plan, cfg: DistributedTrainingConfig, gpus: int) -> Plan:
         )
     heartbeat = cfg.heartbeat_timeout if cfg.heartbeat_timeout > 0 else DEFAULT_HEARTBEAT
     return replace(found, cuda=gpus > 0, backend=backend, heartbeat=heartbeat)
+
+
+def threads_per_rank(found: Plan, environ: Mapping[str, str], cores: int) -> int | None:
+    """How many threads each rank may compute with; None to leave it as it is.
+
+    Args:
+        found: the plan.
+        environ: `OMP_NUM_THREADS` in it decides; torchrun sets it to 1 for several ranks.
+        cores: processor cores that this process may run on.
+    """
+    if "OMP_NUM_THREADS" in environ:
+        return None
+    if found.cores is not None:  # Slurm's share of this task: `cores` may be all of the machine's
+        return max(1, min(cores, found.cores) // found.processes)
+    return max(1, cores // found.local_size)
 
 
 def first_host(names: str) -> str:

@@ -234,6 +234,7 @@ def launcher(kind: str, rank: int, size: int, port: int) -> dict[str, str]:
             "SLURM_LOCALID": str(rank),
             "SLURM_JOB_NODELIST": "localhost",
             "SLURM_JOB_ID": "1",
+            "SLURM_STEP_ID": "0",
         }
     return {
         "RANK": str(rank),

@@ -10,7 +10,13 @@ from fairseq_lite.config.core import CommonConfig, DistributedTrainingConfig, Ru
 from fairseq_lite.errors import ConfigError
 from fairseq_lite.parallel.api import BACKENDS, Machine
 from fairseq_lite.parallel.legacy_ddp import LegacyDDP
-from fairseq_lite.parallel.plan import DEFAULT_HEARTBEAT, Plan, first_host, plan
+from fairseq_lite.parallel.plan import (
+    DEFAULT_HEARTBEAT,
+    Plan,
+    first_host,
+    plan,
+    threads_per_rank,
+)
 
 TORCHRUN = {
     "RANK": "5",
@@ -29,6 +35,7 @@ SLURM = {
     "SLURM_NNODES": "2",
     "SLURM_JOB_NODELIST": "gpu[07-08]",
     "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_ID": "0",
 }
 
 
@@ -61,7 +68,7 @@ def test_several_processes_on_a_cpu() -> None:
 def test_torchrun_environment() -> None:
     found = planned(gpus=4, environ=TORCHRUN)
     assert (found.size, found.first_rank, found.local_rank, found.local_size) == (8, 5, 1, 4)
-    assert (found.host, found.port, found.attempt) == ("node1", 29400, "2")
+    assert (found.host, found.port) == ("node1", 29400)
     assert not found.spawn and not found.serve
 
 
@@ -95,6 +102,40 @@ def test_slurm_environment_with_a_task_a_node_starts_a_process_a_gpu() -> None:
 
 def test_a_shell_inside_a_slurm_allocation_is_one_process() -> None:
     assert planned(environ={**SLURM, "SLURM_STEP_NUM_TASKS": "1"}).size == 1
+
+
+def test_a_batch_script_is_none_of_its_tasks() -> None:
+    environ = {k: v for k, v in SLURM.items() if k != "SLURM_STEP_ID"}
+    with pytest.raises(ConfigError, match="srun"):
+        planned(environ=environ)
+    here = planned(environ=environ, world_size=2)
+    assert (here.size, here.processes, here.spawn, here.host) == (2, 2, True, "127.0.0.1")
+    assert planned(environ={**environ, "SLURM_STEP_NUM_TASKS": "4"}).size == 4
+
+
+@pytest.mark.parametrize(("node", "tasks"), [("0", 2), ("1", 2), ("2", 1), ("3", 3)])
+def test_slurm_nodes_may_have_different_numbers_of_tasks(node: str, tasks: int) -> None:
+    environ = {**SLURM, "SLURM_NTASKS": "8", "SLURM_NNODES": "4"}
+    environ |= {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1,3", "SLURM_NODEID": node}
+    assert planned(environ=environ).local_size == tasks
+
+
+def test_ranks_share_the_cores_of_their_machine() -> None:
+    assert threads_per_rank(planned(world_size=3), {}, 8) == 2
+    assert threads_per_rank(planned(world_size=16), {}, 8) == 1
+    assert threads_per_rank(planned(gpus=4), {}, 8) == 2
+    assert threads_per_rank(planned(world_size=3), {"OMP_NUM_THREADS": "5"}, 8) is None
+    assert threads_per_rank(planned(gpus=4, environ=TORCHRUN), {}, 8) == 2
+
+
+def test_a_slurm_tasks_cores_are_its_own() -> None:
+    environ = {**SLURM, "SLURM_CPUS_PER_TASK": "6"}
+    bound, unbound = 6, 12  # cores it may run on where Slurm binds tasks to cores, and where not
+    for cores in (bound, unbound):
+        assert threads_per_rank(planned(environ=environ), environ, cores) == 6
+    each = {**environ, "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+    assert threads_per_rank(planned(environ=each, gpus=3), each, unbound) == 2
+    assert threads_per_rank(planned(environ=SLURM), SLURM, 12) == 6
 
 
 def test_init_method_with_several_machines() -> None:
