@@ -127,7 +127,7 @@ class TrainingRun:
         profile = run.common.profile and self.world.is_main
         trace = Path(run.checkpoint.save_dir, "profile.json")
         with _signals_noticed(self.trainer), profiled(profile, trace) as self.profiler:
-            while data.next_epoch_idx <= max_epoch:
+            while data.next_epoch_idx <= max_epoch and not self._had_ended():
                 lr = self.trainer.optimizer.get_lr()
                 if lr <= run.optimization.stop_min_lr:
                     logger.info(
@@ -142,8 +142,22 @@ class TrainingRun:
                     break
                 self.trainer.end_epoch(data.epoch, metric)
                 data = self._next_epoch(data)
-        self.checkpoints.close()
+            self.checkpoints.close()
         logger.info("done training in %.1f seconds", self.state.run_time())
+
+    def _had_ended(self) -> bool:
+        """Whether the run is over: a job that is started again must not go beyond its limit."""
+        decision = decide(
+            self.run,
+            epoch=self.state.epoch,
+            num_updates=self.state.num_updates,
+            end_of_epoch=False,
+            hours=self.state.training_time() / 3600,
+            updated=False,
+        )
+        if decision.stop is not None:
+            logger.info(decision.stop)
+        return decision.stop is not None
 
     def _epoch(self, data: EpochBatchIterator) -> tuple[float | None, bool]:
         """One pass over the training data, or what is left of it after a restart.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,6 +82,19 @@ def test_stopped_and_resumed(
     train(toy_data, folder, "--max-update", stop, "--no-epoch-checkpoints")
     train(toy_data, folder, "--max-update", TOTAL, "--no-epoch-checkpoints")
     assert_same_end(folder, uninterrupted)
+
+
+def test_a_run_that_had_ended_is_not_trained_on(
+    toy_data: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(uninterrupted, folder)
+    train(toy_data, folder, "--max-update", TOTAL, "--no-epoch-checkpoints")
+    log = folder.with_suffix(".log").read_text()
+    assert f"num_updates: {TOTAL} >= max_update: {TOTAL}" in log and "done training" in log
+    assert "train_inner" not in log
+    before, after = ((f / "checkpoint_last.pt").read_bytes() for f in (uninterrupted, folder))
+    assert before == after
 
 
 @pytest.mark.parametrize("stop", [13, 17])
