@@ -19,13 +19,14 @@ from fairseq_lite.config.fairseq_flags import REFUSED
 from fairseq_lite.config.flags import coerce
 from fairseq_lite.config.serial import plain
 from fairseq_lite.errors import CheckpointError, ConfigError
+from fairseq_lite.models.lm_config import TransformerLMConfig
 from fairseq_lite.registry import Registry, near
 from fairseq_lite.training.checkpoint import fairseq_defaults
 
 logger = logging.getLogger(__name__)
 
-# Features of fairseq's architectures that change the computation and are not built: a checkpoint
-# that was trained with one would load into a model that computes something else.
+# Features of fairseq's architectures and tasks that change the computation and are not built: a
+# checkpoint that was trained with one would load into a model that computes something else.
 _NOT_BUILT = (
     "adaptive_input",
     "adaptive_softmax_cutoff",
@@ -35,14 +36,17 @@ _NOT_BUILT = (
     "cross_self_attention",
     "decoder_xformers_att_config",
     "encoder_xformers_att_config",
+    "future_target",
     "merge_src_tgt_embed",
     "no_cross_attention",
+    "past_target",
     "quant_noise_pq",
     "quant_noise_scalar",
     "scale_attn",
     "scale_fc",
     "scale_heads",
     "scale_resids",
+    "self_target",
 )
 
 # The selectors' sections, and the flat name of each in older checkpoints.
@@ -76,7 +80,7 @@ def to_cfg(run: RunConfig) -> dict[str, Any]:
             cfg["dataset"][known] = cfg["dataset"][name]
     lr = list(run.optimization.lr)
     cfg["model"] = {}  # keeps its place in the order
-    cfg["task"] = _task(run.task)
+    cfg["task"] = _task(run)
     cfg["criterion"] = _entry(run.criterion, sentence_avg=run.optimization.sentence_avg)
     cfg["optimizer"] = _entry(run.optimizer, tpu=False, lr=lr)
     cfg["lr_scheduler"] = _entry(run.lr_scheduler, lr=lr)
@@ -134,17 +138,45 @@ def _entry(choice: Choice, **more: Any) -> dict[str, Any] | None:
     return {"_name": choice.name, **{k: _like(k, v) for k, v in _fields(choice).items()}, **more}
 
 
-def _task(choice: Choice) -> dict[str, Any] | None:
+def _task(run: RunConfig) -> dict[str, Any] | None:
+    choice = run.task
     defaults = fairseq_defaults.TASKS.get(choice.name or "")
     if defaults is None:
         return _entry(choice)
-    return {"_name": choice.name, **_overlay(defaults, _fields(choice))}
+    # A task's section of fairseq's repeats what it reads of two others.
+    shared = {**plain_section(run, "common"), **plain_section(run, "dataset")}
+    return {"_name": choice.name, **_overlay(defaults, {**shared, **_fields(choice)})}
 
 
 def _model(run: RunConfig, cfg: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The model's fields and, as fairseq keeps them there, every other flag, flat."""
     if run.model.name is None:
         return None
+    if isinstance(run.model.config, TransformerLMConfig):
+        return _language_model(run)
+    return _flat_model(run, cfg)
+
+
+def _language_model(run: RunConfig) -> dict[str, Any]:
+    """The model's fields, and those of its task that fairseq builds it from."""
+    own = {k: _like(k, v) for k, v in vars(run.model.config.resolved()).items()}
+    task = _fields(run.task)
+    repeated = ("add_bos_token", "tokens_per_sample")
+    longest = (
+        own.pop("max_target_positions")
+        or task.get("max_target_positions")
+        or task.get("tokens_per_sample")
+    )
+    return {
+        "_name": run.model.name,
+        **fairseq_defaults.TRANSFORMER_LM,
+        **own,
+        **{name: task[name] for name in repeated if name in task},
+        "max_target_positions": longest,
+    }
+
+
+def _flat_model(run: RunConfig, cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's fields and, as fairseq keeps them there, every other flag, flat."""
     flat: dict[str, Any] = {}
     for name, section in cfg.items():
         if isinstance(section, Mapping) and name not in ("bmuf", "generation", "eval_lm", "model"):
@@ -335,6 +367,9 @@ def _upgraded(cfg: dict[str, Any]) -> dict[str, Any]:
         # The older name of the dropout after the activation.
         if not section.get("activation_dropout") and section.get("relu_dropout"):
             section["activation_dropout"] = section["relu_dropout"]
+    model = cfg.get("model")
+    if isinstance(model, dict) and str(model.get("_name")).startswith("transformer_lm"):
+        _upgrade_language_model(model)
     task = cfg.get("task")
     if isinstance(task, dict):
         if task.get("raw_text"):
@@ -351,6 +386,17 @@ def _upgraded(cfg: dict[str, Any]) -> dict[str, Any]:
         if isinstance(optimization.get("lr"), (int, float)):
             optimization["lr"] = [optimization["lr"]]
     return cfg
+
+
+def _upgrade_language_model(model: dict[str, Any]) -> None:
+    # The longest input follows the length of the blocks where nothing else was said.
+    if model.get("max_target_positions") is None:
+        model["max_target_positions"] = model.get("tokens_per_sample")
+    # Before the final normalisation could be chosen there was none.
+    if "no_tie_adaptive_proj" in model:
+        model["no_decoder_final_norm"] = True
+    if "decoder_final_norm" in model:
+        model["no_decoder_final_norm"] = not model["decoder_final_norm"]
 
 
 def _interpolate(value: Any, root: Mapping[str, Any]) -> Any:
@@ -397,14 +443,15 @@ def _refuse_not_built(
     cfg: Mapping[str, Any], path: str | Path, registries: Mapping[str, Registry]
 ) -> None:
     model = cfg.get("model")
-    if not isinstance(model, Mapping):
-        return
-    own = _names(model, registries)
-    for name in _NOT_BUILT:
-        if model.get(name) and name not in own:
-            flag = "--" + name.replace("_", "-")
-            why = REFUSED.get(flag, "it is not built")
-            raise CheckpointError(f"{path}: was trained with {flag} {model[name]}: {why}")
+    own = _names(model, registries) if isinstance(model, Mapping) else set()
+    for section in (model, cfg.get("task")):
+        if not isinstance(section, Mapping):
+            continue
+        for name in _NOT_BUILT:
+            if section.get(name) and name not in own:
+                flag = "--" + name.replace("_", "-")
+                why = REFUSED.get(flag, "it is not built")
+                raise CheckpointError(f"{path}: was trained with {flag} {section[name]}: {why}")
 
 
 def _choice(

@@ -205,10 +205,13 @@ def _compare_languages(config: SavedConfig, task: Task) -> None:
 
 def _check_vocabulary(path: Path, task: Task, weights: Mapping[str, Tensor]) -> None:
     """Name a dictionary that is not the one of training, before shapes clash somewhere deep."""
-    for side, what, dictionary in (
-        ("encoder", "source", task.source_dictionary),
-        ("decoder", "target", task.target_dictionary),
-    ):
+    source, target = task.source_dictionary, task.target_dictionary
+    sides = [("encoder", "source", source), ("decoder", "target", target)]
+    if not any(name.startswith("encoder.") for name in weights):
+        # A language model's decoder reads what the source dictionary numbers; its targets may be
+        # fewer.
+        sides = [("decoder", "source", source)]
+    for side, what, dictionary in sides:
         table = weights.get(f"{side}.embed_tokens.weight")
         if table is None or dictionary is None or table.dim() != 2:
             continue
