@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fairseq_lite.errors import ConfigError
-from fairseq_lite.generation.incremental import IncrementalDecoder, incremental_decoder
+from fairseq_lite.generation.incremental import (
+    IncrementalDecoder,
+    PrefixDecoder,
+    incremental_decoder,
+    language_model_decoder,
+)
+from fairseq_lite.generation.likelihood import average, log_probs_of, slice_rows
 from fairseq_lite.models.api import Model
-
-
-def average(log_probs: Sequence[Tensor]) -> Tensor:
-    """The logarithm of the mean of probabilities given as logarithms."""
-    if len(log_probs) == 1:
-        return log_probs[0]
-    return torch.logsumexp(torch.stack(list(log_probs)), dim=0) - math.log(len(log_probs))
 
 
 def teacher_forced(
@@ -73,6 +72,74 @@ class Ensemble:
                 for m in self.models
             ],
         )
+
+    def begin(
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        targets: Tensor,
+        *,
+        beam: int,
+        max_len: int,
+        pad: int,
+        temperature: float = 1.0,
+    ) -> Beginning:
+        """Read a prefix for each sentence with every model; all are language models.
+
+        Args:
+            tokens: (B, 1 + P), the start symbol, then the prefix, padded on the right.
+            lengths: (B,), the start symbol included.
+            targets: (B, P), the prefix in the output's vocabulary.
+            beam: K.
+            max_len: no more than this many steps plus one follow.
+            pad: the padding symbol.
+            temperature: divides the logits.
+        """
+        decoders, firsts, scores = [], [], []
+        real = targets.ne(pad)
+        for model in self.models:
+            decoder = language_model_decoder(
+                model, sentences=tokens.size(0), beam=beam, max_len=max_len, pad=pad
+            )
+            decoders.append(decoder)
+            states = decoder.prefill(tokens, lengths)
+            log_softmax = _log_softmax(model, decoder, temperature)
+            last = (lengths - 1)[:, None, None].expand(-1, 1, states.size(2))
+            firsts.append(log_softmax(states.gather(1, last)))
+            rows = slice_rows(firsts[-1].size(2))
+            scores.append(log_probs_of(states[:, :-1][real], targets[real], log_softmax, rows))
+        each = torch.zeros_like(targets, dtype=torch.float32)
+        return Beginning(
+            EnsembleDecoder(self.models, decoders),
+            average(firsts),
+            each.masked_scatter_(real, average(scores)),
+        )
+
+
+def _log_softmax(
+    model: Model, decoder: PrefixDecoder, temperature: float
+) -> Callable[[Tensor], Tensor]:
+    def compute(states: Tensor) -> Tensor:
+        logits = decoder.project(states)
+        if temperature != 1.0:
+            logits = logits / temperature
+        return model.get_normalized_probs((logits, {}), log_probs=True)
+
+    return compute
+
+
+class Beginning(NamedTuple):
+    """Prefixes that were read, and what follows from them.
+
+    Attributes:
+        decoder: goes on behind them.
+        first: (B, 1, V), log-probabilities of the token after each.
+        log_probs: (B, P), of the prefix's own tokens; zero on padding.
+    """
+
+    decoder: EnsembleDecoder
+    first: Tensor
+    log_probs: Tensor
 
 
 class EnsembleDecoder:

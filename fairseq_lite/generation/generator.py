@@ -4,6 +4,9 @@ Each step offers 2K candidates a sentence, best first. Those among the first K t
 finished hypotheses; the first K of the others go on. A sentence is done when K hypotheses have
 finished, or at the longest length, where every beam is made to end.
 
+A translation may be made to begin with given tokens, step by step. A language model continues a
+prefix that it has read before the first step (`Prefixes`), each sentence its own.
+
 Axes: B sentences, K beams, V vocabulary, C candidates, T steps.
 """
 
@@ -20,7 +23,7 @@ from torch import Tensor
 from fairseq_lite.config.core import GenerationConfig
 from fairseq_lite.errors import ConfigError
 from fairseq_lite.generation import search
-from fairseq_lite.generation.ensemble import Ensemble
+from fairseq_lite.generation.ensemble import Ensemble, EnsembleDecoder
 from fairseq_lite.models.api import Model
 
 
@@ -87,6 +90,29 @@ def make_strategy(cfg: GenerationConfig, seed: int = 1) -> search.Strategy:
     return search.BeamSearch()
 
 
+@dataclasses.dataclass
+class Prefixes:
+    """What the outputs of each sentence begin with, read before the search.
+
+    Attributes:
+        tokens: (B, P), padded on the right.
+        lengths: (B,).
+        log_probs: (B, P), fp32; zero on padding.
+        first: (B, 1, V), log-probabilities of the token after the prefix.
+        room: (B,), how many tokens may follow before the end symbol.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    log_probs: Tensor
+    first: Tensor
+    room: Tensor
+
+    def of(self, rows: Tensor) -> Prefixes:
+        """Those of some sentences."""
+        return Prefixes(*(value[rows] for value in vars(self).values()))
+
+
 class SequenceGenerator:
     """Searches for the outputs a model, or several together, find likeliest.
 
@@ -146,8 +172,9 @@ class SequenceGenerator:
         ids = sample.get("id")
         self.strategy.begin(range(len(src_tokens)) if ids is None else ids.tolist())
         max_len = self.longest(src_tokens)
-        run = _Search(self, src_tokens, src_lengths, prefix_tokens, max_len)
-        return run.finished_lists()
+        decoder = self.ensemble.start(src_tokens, src_lengths, beam=self.beam, max_len=max_len)
+        lengths = src_tokens.ne(self.pad).sum(dim=1)
+        return Search(self, decoder, lengths, max_len, forced=prefix_tokens).finished_lists()
 
     def longest(self, src_tokens: Tensor) -> int:
         """The greatest number of tokens an output may have before its end symbol.
@@ -164,40 +191,56 @@ class SequenceGenerator:
         limit = self.ensemble.max_target_positions()
         if limit is not None:
             max_len = min(max_len, limit - 1)
-        if cfg.min_len > max_len:
-            raise ConfigError(
-                f"--min-len {cfg.min_len} is more than the longest output allowed, {max_len}: lower"
-                " it, or raise --max-len-b"
-            )
+        self.check_min_len(max_len)
         return max_len
 
+    def check_min_len(self, max_len: int) -> None:
+        """Refuse a --min-len above the longest output.
 
-class _Search:
-    """The state of one search. Rows are the sentences still going on, `self.rows` their numbers."""
+        Raises:
+            ConfigError: it is.
+        """
+        if self.cfg.min_len > max_len:
+            raise ConfigError(
+                f"--min-len {self.cfg.min_len} is more than the longest output allowed, {max_len}:"
+                " lower it, or raise --max-len-b"
+            )
+
+
+class Search:
+    """The state of one search. Rows are the sentences still going on, `self.rows` their numbers.
+
+    Args:
+        owner: the flags.
+        decoder: has read the sources, or the prefixes.
+        source_lengths: (B,).
+        max_len: the greatest number of tokens that are searched for, the end symbol left out.
+        forced: (B, P), what every output must begin with; padded on the right.
+        prefixes: what every output begins with and `decoder` has read.
+    """
 
     def __init__(
         self,
         owner: SequenceGenerator,
-        src_tokens: Tensor,
-        src_lengths: Tensor | None,
-        prefix: Tensor | None,
+        decoder: EnsembleDecoder,
+        source_lengths: Tensor,
         max_len: int,
+        *,
+        forced: Tensor | None = None,
+        prefixes: Prefixes | None = None,
     ) -> None:
         self.cfg, self.beam, self.strategy = owner.cfg, owner.beam, owner.strategy
         self.pad, self.unk, self.eos = owner.pad, owner.unk, owner.eos
-        self.max_len = max_len
-        self.prefix = prefix
-        count, device = src_tokens.size(0), src_tokens.device
-        self.decoder = owner.ensemble.start(
-            src_tokens, src_lengths, beam=self.beam, max_len=max_len
-        )
-        self.source_length = src_tokens.ne(self.pad).sum(dim=1)
+        self.decoder, self.max_len, self.forced = decoder, max_len, forced
+        self.source_length = source_lengths
+        count, device = len(source_lengths), source_lengths.device
         self.rows = list(range(count))
         self.finished: list[list[Hypothesis]] = [[] for _ in range(count)]
+        self.prefixes = prefixes
         shape = (count, self.beam)
         self.tokens = torch.full((*shape, max_len + 2), self.pad, device=device)
         self.tokens[:, :, 0] = self.eos
-        # scores[..., t]: cumulative log-probability up to and including the token chosen at step t
+        # scores[..., t]: cumulative log-probability of the tokens chosen up to and including step t
         self.scores = torch.zeros(*shape, max_len + 1, device=device)
         self.ignored = torch.zeros(shape, dtype=torch.bool, device=device)
         self.parents: Tensor | None = None
@@ -213,19 +256,15 @@ class _Search:
         return self.finished
 
     def _step(self, step: int) -> None:
-        # All beams begin alike: the first step is computed once a sentence.
-        tokens = self.tokens[:, :, step] if step else self.tokens[:, :1, 0]
-        logp = self.decoder.step(tokens, self.parents, self.cfg.temperature)
-        logp = self._constrain(step, logp).expand(-1, self.beam, -1)
         before = self.scores[:, :, step - 1] if step else self.scores[:, :, 0]
+        logp = self._constrain(step, self._next(step)).expand(-1, self.beam, -1)
         found = self.strategy.step(step == 0, logp, before)
         ends = found.tokens.eq(self.eos) & found.scores.ne(-math.inf)
         ends[:, : self.beam].masked_fill_(self.ignored, False)
         self._finish(step, found, ends)
-        if step == self.max_len:
-            self._give_up(step)
-            return
-        done = self._done(found, ends)
+        over = self._over(step)
+        self._give_up(step, over)
+        done = self._done(found, ends).union(over)
         if done:
             kept = [i for i in range(len(self.rows)) if i not in done]
             self.rows = [self.rows[i] for i in kept]
@@ -236,6 +275,19 @@ class _Search:
             ends = ends[chosen]
             self._keep(chosen)
         self._advance(step, found, ends)
+
+    def _next(self, step: int) -> Tensor:
+        """Log-probabilities of the next token; all beams begin alike, so at first (B, 1, V)."""
+        if step == 0 and self.prefixes is not None:
+            return self.prefixes.first
+        tokens = self.tokens[:, :, step] if step else self.tokens[:, :1, 0]
+        return self.decoder.step(tokens, self.parents, self.cfg.temperature)
+
+    def _over(self, step: int) -> list[int]:
+        """Rows that are at their longest length, where they must end."""
+        if self.prefixes is None:
+            return list(range(len(self.rows))) if step == self.max_len else []
+        return self.prefixes.room.eq(step).nonzero()[:, 0].tolist()  # type: ignore[no-any-return]
 
     def _constrain(self, step: int, logp: Tensor) -> Tensor:
         """Apply everything that forbids, forces or prices tokens; may write into `logp`."""
@@ -250,19 +302,32 @@ class _Search:
             # The end is forbidden before the source's length, and free from there on.
             early = (step < self.source_length)[:, None]
             logp[..., self.eos] = torch.zeros_like(logp[..., 0]).masked_fill_(early, -math.inf)
-        if step == self.max_len:
-            last = logp[..., self.eos].clone()
-            logp.fill_(-math.inf)
-            logp[..., self.eos] = last
-            return logp
+        over = self._over(step)
+        if over:
+            last = logp[over, :, self.eos]
+            logp[over] = -math.inf
+            logp[over, :, self.eos] = last
+            if len(over) == len(self.rows):
+                return logp
         forced = None
-        if self.prefix is not None and step < self.prefix.size(1):
-            forced = self._force(logp, self.prefix[:, step])
-        elif step < self.cfg.min_len:
-            logp[..., self.eos] = -math.inf
+        if self.forced is not None and step < self.forced.size(1):
+            forced = self._force(logp, self.forced[:, step])
+        self._forbid_early_ends(step, logp, forced)
         if self.cfg.no_repeat_ngram_size > 0:
             self._ban_repeats(step, logp, forced)
         return logp
+
+    def _forbid_early_ends(self, step: int, logp: Tensor, forced: Tensor | None) -> None:
+        """No end below --min-len, but where a prefix has it."""
+        if self.prefixes is not None:
+            early = self.prefixes.lengths + step < self.cfg.min_len
+        elif step < self.cfg.min_len:
+            early = torch.ones_like(logp[:, 0, 0], dtype=torch.bool)
+        else:
+            return
+        if forced is not None:
+            early = early & ~forced
+        logp[..., self.eos] = logp[..., self.eos].masked_fill(early[:, None], -math.inf)
 
     def _force(self, logp: Tensor, wanted: Tensor) -> Tensor:
         """Leave only the prefix's token; returns which sentences (B,) still have one."""
@@ -273,14 +338,21 @@ class _Search:
         return forced
 
     def _ban_repeats(self, step: int, logp: Tensor, forced: Tensor | None) -> None:
-        tokens, banned = search.repeated(
-            self.tokens[:, :, 1 : step + 1], self.cfg.no_repeat_ngram_size
-        )
+        past = self.tokens[:, :, 1 : step + 1]
+        if self.prefixes is not None:
+            shown = _right_aligned(self.prefixes.tokens, self.prefixes.lengths, self.pad)
+            past = torch.cat([shown[:, None].expand(-1, self.beam, -1), past], dim=2)
+        size = self.cfg.no_repeat_ngram_size
+        tokens, banned = search.repeated(past[:, : logp.size(1)], size)
         if not tokens.numel():
             return
         if forced is not None:
             banned = banned & ~forced[:, None, None]
-        price = torch.zeros_like(logp[:, :, : tokens.size(2)]).masked_fill_(banned, -math.inf)
+        # Padding before a short prefix is no n-gram.
+        tail = past[:, : logp.size(1), past.size(2) - size + 1 :]
+        banned = banned & tail.ne(self.pad).all(dim=2, keepdim=True)
+        banned = banned & tokens.ne(self.pad)
+        price = torch.zeros_like(logp[:, :, :1]).expand_as(banned).masked_fill(banned, -math.inf)
         logp.scatter_add_(2, tokens, price)
 
     def _finish(self, step: int, found: search.Candidates, ends: Tensor) -> None:
@@ -295,13 +367,20 @@ class _Search:
         totals = found.scores[rows, places]
         positional[:, step] = totals
         positional[:, 1:] = positional[:, 1:] - positional[:, :-1]
-        if not self.cfg.unnormalized:
-            totals = totals / (step + 1) ** self.cfg.lenpen
+        totals = self._normalised(totals, rows, step)
         if self.cfg.match_source_len:
             totals = totals.masked_fill(step > self.source_length[rows], -math.inf)
         tokens, positional = tokens.cpu(), positional.float().cpu()
         for i, (row, score) in enumerate(zip(rows.tolist(), totals.tolist(), strict=True)):
             self._store(row, Hypothesis(tokens[i].clone(), score, positional[i].clone()))
+
+    def _normalised(self, totals: Tensor, rows: Tensor, step: int | Tensor) -> Tensor:
+        """Scores of outputs that end at this step; `rows` (N,) says whose they are."""
+        length = step + 1
+        if self.prefixes is not None:
+            totals = totals + self.prefixes.log_probs[rows].sum(dim=1)
+            length = length + self.prefixes.lengths[rows]
+        return totals if self.cfg.unnormalized else totals / length**self.cfg.lenpen
 
     def _store(self, row: int, hypothesis: Hypothesis) -> None:
         own = self.finished[self.rows[row]]
@@ -323,20 +402,19 @@ class _Search:
             return full
         # Go on while the best prefix could still beat the worst hypothesis. Scores only fall as a
         # prefix grows; dividing by the greatest length is the most it can gain.
-        if not self.cfg.unnormalized:
-            best = best / (self.max_len + 1) ** self.cfg.lenpen
-        hope = best.tolist()
+        last = self.max_len if self.prefixes is None else self.prefixes.room
+        rows = torch.arange(len(best), device=best.device)
+        hope = self._normalised(best, rows, last).tolist()
         return {i for i in full if min(h.score for h in self.finished[self.rows[i]]) >= hope[i]}
 
-    def _give_up(self, step: int) -> None:
-        """At the longest length all is over; whoever has nothing gets its first beam."""
-        for i, n in enumerate(self.rows):
-            if not self.finished[n]:
+    def _give_up(self, step: int, over: list[int]) -> None:
+        """Who has nothing at the longest length gets its first beam."""
+        for i in over:
+            if not self.finished[self.rows[i]]:
                 tokens = self.tokens[i, 0, 1 : step + 2].clone()
                 tokens[step] = self.eos
                 dead = torch.full((step + 1,), -math.inf)
-                self.finished[n].append(Hypothesis(tokens.cpu(), -math.inf, dead))
-        self.rows = []
+                self._store(i, Hypothesis(tokens.cpu(), -math.inf, dead))
 
     def _keep(self, chosen: Tensor) -> None:
         """Go on with these rows only."""
@@ -345,8 +423,10 @@ class _Search:
         self.tokens, self.scores = self.tokens[chosen], self.scores[chosen]
         self.ignored = self.ignored[chosen]
         self.source_length = self.source_length[chosen]
-        if self.prefix is not None:
-            self.prefix = self.prefix[chosen]
+        if self.forced is not None:
+            self.forced = self.forced[chosen]
+        if self.prefixes is not None:
+            self.prefixes = self.prefixes.of(chosen)
 
     def _advance(self, step: int, found: search.Candidates, ends: Tensor) -> None:
         """Let the first K candidates that did not end be the new beams."""
@@ -368,3 +448,10 @@ class _Search:
             )
         self.scores[:, :, step] = found.scores.gather(1, active)
         self.parents = beams
+
+
+def _right_aligned(tokens: Tensor, lengths: Tensor, pad: int) -> Tensor:
+    """(B, P) padded on the right, as (B, P) padded on the left."""
+    width = tokens.size(1)
+    places = torch.arange(width, device=tokens.device) - (width - lengths)[:, None]
+    return tokens.gather(1, places.clamp(min=0)).masked_fill(places < 0, pad)

@@ -5,23 +5,32 @@ when beams are reordered. Instead each beam knows which slots its own past lies 
 mask, of which only the rows are exchanged. A beam thus sees the slots of its ancestors, whoever
 holds them. Soon most slots are seen by no beam; every few steps those are dropped (on a trained
 model 30 to 60 % of them), so long outputs do not pay for beams that died.
-Keys and values of the encoder's states are computed once a sentence and shared by its beams.
+Keys and values of the encoder's states are computed once a sentence and shared by its beams. So are
+those of a prefix that a language model continues: one pass reads it whole (`prefill`).
 
-Axes: B sentences, K beams, H heads, D width of the model, S source positions, V vocabulary.
+Axes: B sentences, K beams, H heads, D width of the model, S source positions, T prefix positions,
+V vocabulary.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq_lite.models.api import EncoderOut, Model
-from fairseq_lite.models.attention import MultiheadAttention, attend, attention_bias
+from fairseq_lite.models.attention import (
+    MultiheadAttention,
+    attend,
+    attention_bias,
+    causal_blocked,
+)
 from fairseq_lite.models.transformer import TransformerDecoder, TransformerModel
 from fairseq_lite.models.transformer_layers import TransformerDecoderLayer
+from fairseq_lite.models.transformer_lm import TransformerLanguageModel
 
 # The caches start with room for this many steps and double when it is used up.
 _FIRST_STEPS = 32
@@ -51,22 +60,45 @@ class IncrementalDecoder(ABC):
         """Go on with these sentences (indices into the present B) only."""
 
 
+class PrefixDecoder(IncrementalDecoder):
+    """One whose sentences may begin with a prefix that is read in one pass."""
+
+    @abstractmethod
+    def prefill(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Read the prefixes; comes before the first step, which then continues them.
+
+        Args:
+            tokens: (B, T), the start symbol first, padded on the right.
+            lengths: (B,), the start symbol included.
+
+        Returns:
+            States (B, T, …) that `project` turns into logits of the token after each position.
+        """
+
+    @abstractmethod
+    def project(self, states: Tensor) -> Tensor:
+        """States (…, D) to logits (…, V)."""
+
+
 def can_cache(model: Model) -> bool:
     """Whether the tree can stand in for the model's own forward pass.
 
     An architecture that overrides the forward pass of the decoder or of a layer may do anything
     there; it is decoded by running it over the whole prefix.
     """
+    if not isinstance(model, (TransformerModel, TransformerLanguageModel)):
+        return False
+    kind = TransformerModel if isinstance(model, TransformerModel) else TransformerLanguageModel
     return (
-        isinstance(model, TransformerModel)
-        and type(model).forward is TransformerModel.forward
-        and type(model.decoder).forward is TransformerDecoder.forward
-        and all(
-            isinstance(layer, TransformerDecoderLayer)
-            and type(layer).forward is TransformerDecoderLayer.forward
-            for layer in model.decoder.layers
-        )
+        _is_exactly(model, kind)
+        and _is_exactly(model.decoder, TransformerDecoder)
+        and all(_is_exactly(layer, TransformerDecoderLayer) for layer in model.decoder.layers)
     )
+
+
+def _is_exactly(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether a module is of a kind and has its forward pass."""
+    return isinstance(module, kind) and type(module).forward is kind.forward
 
 
 def incremental_decoder(
@@ -87,6 +119,24 @@ def incremental_decoder(
             model.decoder, model.encode(src_tokens, src_lengths), beam=beam, max_len=max_len
         )
     return RecomputingDecoder(model, src_tokens, src_lengths, beam=beam)
+
+
+def language_model_decoder(
+    model: Model, *, sentences: int, beam: int, max_len: int, pad: int
+) -> PrefixDecoder:
+    """Make a decoder for a language model.
+
+    Args:
+        model: any language model: its forward pass takes tokens (B, T) and their lengths.
+        sentences: B.
+        beam: K.
+        max_len: no more than this many steps plus one will be asked for, besides `prefill`.
+        pad: the padding symbol.
+    """
+    if can_cache(model):
+        assert isinstance(model, TransformerLanguageModel)
+        return TreeDecoder(model.decoder, None, beam=beam, max_len=max_len, sentences=sentences)
+    return RecomputingLanguageModel(model, beam=beam, pad=pad)
 
 
 class RecomputingDecoder(IncrementalDecoder):
@@ -185,7 +235,60 @@ def _resized(cache: Tensor, used: int, room: int) -> Tensor:
     return new
 
 
-class TreeDecoder(IncrementalDecoder):
+class RecomputingLanguageModel(PrefixDecoder):
+    """Runs a language model over everything so far at every step: slow, and right for any model.
+
+    Args:
+        model: its forward pass takes tokens (B, T) and their lengths, and returns logits.
+        beam: K.
+        pad: the padding symbol.
+    """
+
+    def __init__(self, model: Model, *, beam: int, pad: int) -> None:
+        self.model = model
+        self.beam = beam
+        self.pad = pad
+        self.tokens = torch.empty(0)
+        self.lengths = torch.empty(0)
+
+    def prefill(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """See `PrefixDecoder.prefill`."""
+        self.tokens = tokens[:, None].expand(-1, self.beam, -1)
+        self.lengths = lengths
+        logits: Tensor = self.model(tokens, lengths)[0]
+        return logits
+
+    def project(self, states: Tensor) -> Tensor:
+        """The model has projected them."""
+        return states
+
+    def step(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
+        """See `IncrementalDecoder.step`."""
+        if parents is not None:
+            self.tokens = self.tokens.gather(1, parents[..., None].expand_as(self.tokens))
+        # Rows are as long as they are: a new token takes the place of the first padding.
+        self.tokens = F.pad(self.tokens, (0, 1), value=0)
+        place = self.lengths[:, None, None].expand(-1, self.beam, 1)
+        self.tokens = self.tokens.scatter(2, place, tokens[..., None])
+        self.lengths = self.lengths + 1
+        lengths = self.lengths.repeat_interleave(self.beam)
+        logits = self.model(self._padded().flatten(0, 1), lengths)[0]
+        last = (lengths - 1)[:, None, None].expand(-1, 1, logits.size(2))
+        return logits.gather(1, last).view(*tokens.shape, -1)  # type: ignore[no-any-return]
+
+    def _padded(self) -> Tensor:
+        """The tokens; behind a row's own there is padding, which no earlier position sees."""
+        width = int(self.lengths.max())
+        tokens = self.tokens[:, :, :width]
+        behind = torch.arange(width, device=tokens.device) >= self.lengths[:, None]
+        return tokens.masked_fill(behind[:, None], self.pad)
+
+    def keep(self, sentences: Tensor) -> None:
+        """See `IncrementalDecoder.keep`."""
+        self.tokens, self.lengths = self.tokens[sentences], self.lengths[sentences]
+
+
+class TreeDecoder(PrefixDecoder):
     """A transformer decoder over a tree of prefixes.
 
     Args:
@@ -227,24 +330,46 @@ class TreeDecoder(IncrementalDecoder):
         # What each beam sees of the tree: 0 on its ancestors, a very low number elsewhere.
         self.blind = torch.finfo(weight.dtype).min / 2
         self.sight = weight.new_full((sentences, beam, self.room), self.blind)
+        # How many positions each sentence's prefix has; its beams go on behind it.
+        self.starts = torch.zeros(sentences, dtype=torch.long, device=weight.device)
+
+    def prefill(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """See `PrefixDecoder.prefill`; the prefix takes one slot a position, seen by all beams."""
+        width = tokens.size(1)
+        self.room, self.most = self.room + width, self.most + width
+        self.sight = F.pad(self.sight, (0, width), value=self.blind)
+        behind = torch.arange(width, device=tokens.device) >= lengths[:, None]
+        self.sight[:, :, :width] = self.blind * behind[:, None].to(self.sight.dtype)
+        x = self.decoder.embed(tokens)
+        # Padding is on the right, the future of every token: hiding the future is enough.
+        bias = attention_bias(causal_blocked(width, tokens.device), x.dtype)
+        for state in self.states:
+            x = self._layer(state, x, bias, causal=True)
+        self.used = width
+        self.starts = lengths
+        return self.decoder.finish(x)
+
+    def project(self, states: Tensor) -> Tensor:
+        """See `PrefixDecoder.project`."""
+        logits: Tensor = self.decoder.output_projection(states)
+        return logits
 
     def step(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
         """See `IncrementalDecoder.step`."""
         bias = self._look(parents, tokens.size(1))
-        position = self.decoder.padding_idx + 1 + self.steps
-        x = self.decoder.embed(tokens, torch.full_like(tokens, position))
+        positions = self.starts[:, None] + (self.decoder.padding_idx + 1 + self.steps)
+        x = self.decoder.embed(tokens, positions.expand_as(tokens))
         for state in self.states:
             x = self._layer(state, x, bias)
         self.steps += 1
         self.used += tokens.size(1)
-        logits: Tensor = self.decoder.output_projection(self.decoder.finish(x))
-        return logits
+        return self.project(self.decoder.finish(x))
 
     def keep(self, sentences: Tensor) -> None:
         """See `IncrementalDecoder.keep`."""
         for state in self.states:
             state.keep(sentences, self.used)
-        self.sight = self.sight[sentences]
+        self.sight, self.starts = self.sight[sentences], self.starts[sentences]
         if self.source_bias is not None:
             self.source_bias = self.source_bias[sentences]
 
@@ -285,28 +410,25 @@ class TreeDecoder(IncrementalDecoder):
                 state.select((starts + order[:, None]).flatten(), count)
         self.used = count
 
-    def _layer(self, state: _LayerState, x: Tensor, bias: Tensor) -> Tensor:
+    def _layer(
+        self, state: _LayerState, x: Tensor, bias: Tensor, *, causal: bool = False
+    ) -> Tensor:
         layer = state.layer
-        norm = layer.self_attn_layer_norm
-        out = self._self_attention(state, norm(x) if layer.normalize_before else x, bias)
-        x = layer.dropout_module.add(out, x)
-        if not layer.normalize_before:
-            x = norm(x)
-        if state.source is not None:
-            cross_norm = layer.encoder_attn_layer_norm
-            assert cross_norm is not None
-            out = self._cross_attention(state, cross_norm(x) if layer.normalize_before else x)
+        x = layer.self_attention(x, lambda inputs: self._attend(state, inputs, bias, causal))
+        norm = layer.encoder_attn_layer_norm
+        if state.source is not None and norm is not None:
+            out = self._cross_attention(state, norm(x) if layer.normalize_before else x)
             x = layer.dropout_module.add(out, x)
             if not layer.normalize_before:
-                x = cross_norm(x)
+                x = norm(x)
         return layer.feed_forward(x)
 
-    def _self_attention(self, state: _LayerState, x: Tensor, bias: Tensor) -> Tensor:
+    def _attend(self, state: _LayerState, x: Tensor, bias: Tensor, causal: bool) -> Tensor:
         attention = state.layer.self_attn
         qkv = F.linear(x, state.weight, state.bias)
         q, k, v = (attention.split_heads(part) for part in qkv.chunk(3, dim=-1))
         keys, values = state.append(k, v, self.used, self.room)
-        return _mix(attention, q, keys, values, bias)
+        return _mix(attention, q, keys, values, bias, causal)
 
     def _cross_attention(self, state: _LayerState, x: Tensor) -> Tensor:
         attention = state.layer.encoder_attn
@@ -317,10 +439,15 @@ class TreeDecoder(IncrementalDecoder):
 
 
 def _mix(
-    attention: MultiheadAttention, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None
+    attention: MultiheadAttention,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    causal: bool = False,
 ) -> Tensor:
     # Dropout is active only where --retain-dropout keeps it so.
     dropout_p = attention.dropout_module.active_p
-    mixed, _ = attend(q, keys, values, bias=bias, dropout_p=dropout_p)
+    mixed, _ = attend(q, keys, values, bias=bias, causal=causal, dropout_p=dropout_p)
     out: Tensor = attention.out_proj(mixed.transpose(1, 2).flatten(2))
     return out

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fairseq_lite.errors import DataError
-from fairseq_lite.generation.ensemble import average, teacher_forced
 from fairseq_lite.generation.generator import Hypothesis, TargetVocabulary
+from fairseq_lite.generation.likelihood import TargetScorer
 from fairseq_lite.models.api import Model
 
 
@@ -23,15 +22,14 @@ class ReferenceScorer:
     """
 
     def __init__(self, models: Sequence[Model], tgt_dict: TargetVocabulary) -> None:
-        self.models = list(models)
         self.pad, self.eos = tgt_dict.pad(), tgt_dict.eos()
+        self.scorer = TargetScorer(models, self.pad)
 
     @property
     def ignored_symbols(self) -> set[int]:
         """What is left out when an output is printed, besides what always is."""
         return {self.eos}
 
-    @torch.inference_mode()
     def generate(
         self, sample: dict[str, Any], prefix_tokens: Tensor | None = None
     ) -> list[list[Hypothesis]]:
@@ -43,18 +41,7 @@ class ReferenceScorer:
         target = sample.get("target")
         if target is None:
             raise DataError("--score-reference: this split has no target side to score")
-        inputs = sample["net_input"]
-        parts = []
-        for model in self.models:
-            logp, _ = teacher_forced(
-                model,
-                inputs["src_tokens"],
-                inputs.get("src_lengths"),
-                inputs["prev_output_tokens"],
-                attention=False,
-            )
-            parts.append(logp.gather(2, target[..., None]).squeeze(2))
-        scores = average(parts).float().cpu()
+        scores = self.scorer.score(sample["net_input"], target).cpu()
         results = []
         for tokens, row in zip(target.cpu(), scores, strict=True):
             real = tokens.ne(self.pad)

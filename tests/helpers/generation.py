@@ -9,13 +9,22 @@ import torch
 
 from fairseq_lite.data.dictionary import Dictionary
 from fairseq_lite.models.config import TransformerConfig
+from fairseq_lite.models.lm_config import TransformerLMConfig
 from fairseq_lite.models.transformer import TransformerModel
+from fairseq_lite.models.transformer_lm import TransformerLanguageModel
 
 WORDS = "the a cat dog sat ran on mat snow and".split()
 
 
 class PlainModel(TransformerModel):
     """The same model behind a forward pass of its own, which generation must take as it is."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+class PlainLanguageModel(TransformerLanguageModel):
+    """The same language model behind a forward pass of its own."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
@@ -54,6 +63,46 @@ def make_model(
         model.decoder.embed_tokens.weight.mul_(0.5)
         model.decoder.output_projection.weight[dictionary.eos()].mul_(2.0)
     return model.eval()
+
+
+def make_language_model(
+    seed: int = 1, kind: type[TransformerLanguageModel] = TransformerLanguageModel, **fields: Any
+) -> TransformerLanguageModel:
+    """As `make_model`, without an encoder."""
+    dictionary = make_dictionary()
+    task = SimpleNamespace(
+        source_dictionary=dictionary, target_dictionary=dictionary, max_positions=lambda: 64
+    )
+    shape = {"embed_dim": 16, "input_dim": 16, "output_dim": 16, "ffn_embed_dim": 32}
+    sizes = {f"decoder_{name}": n for name, n in shape.items()}
+    torch.manual_seed(seed)
+    config = TransformerLMConfig(
+        **{**sizes, "decoder_layers": 2, "decoder_attention_heads": 2, **fields}
+    )
+    model = kind.build(config, task)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "embed" not in name:
+                parameter.mul_(2.5)
+        model.decoder.embed_tokens.weight.mul_(0.5)
+        model.decoder.output_projection.weight[dictionary.eos()].mul_(2.0)
+    return model.eval()
+
+
+def make_prefixes(lengths: list[int], seed: int = 0, start: int = 2) -> dict[str, Any]:
+    """Random prefixes of these lengths behind the start symbol, padded on the right."""
+    dictionary = make_dictionary()
+    generator = torch.Generator().manual_seed(seed)
+    source = torch.full((len(lengths), 1 + max(lengths)), dictionary.pad())
+    source[:, 0] = start
+    for row, n in zip(source, lengths, strict=True):
+        words = (dictionary.nspecial, len(dictionary))
+        row[1 : 1 + n] = torch.randint(*words, (n,), generator=generator)
+    return {
+        "id": torch.arange(len(lengths)),
+        "net_input": {"src_tokens": source, "src_lengths": torch.tensor(lengths) + 1},
+        "target": None,
+    }
 
 
 def make_sample(lengths: list[int], seed: int = 0, ids: list[int] | None = None) -> dict[str, Any]:
