@@ -307,16 +307,26 @@ class ConcatDataset(TokenDataset):
     Args:
         parts: the datasets.
         repeats: how many times each occurs; once when None.
+
+    Attributes:
+        parts, repeats: as given.
     """
 
     def __init__(self, parts: Sequence[TokenDataset], repeats: Sequence[int] | None = None) -> None:
         self.parts = list(parts)
         times = [1] * len(self.parts) if repeats is None else list(repeats)
-        self._repeats = times
+        self.repeats = times
         lengths = [len(p) * n for p, n in zip(self.parts, times, strict=True)]
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        self.sizes = np.concatenate(
-            [np.tile(p.sizes, n) for p, n in zip(self.parts, times, strict=True)]
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @functools.cached_property
+    def sizes(self) -> npt.NDArray[np.int32]:  # type: ignore[override]
+        """Length of every item."""
+        return np.concatenate(
+            [np.tile(p.sizes, n) for p, n in zip(self.parts, self.repeats, strict=True)]
         )
 
     def __str__(self) -> str:
