@@ -23,7 +23,7 @@ from fairseq_lite.config.core import CommonConfig, GenerationConfig
 from fairseq_lite.data.text.api import build_codecs
 from fairseq_lite.errors import CheckpointError, ConfigError
 from fairseq_lite.generation.evaluate import Texts, Translated
-from fairseq_lite.generation.lines import translate_lines
+from fairseq_lite.generation.lines import generate_for_lines
 from fairseq_lite.generation.session import DEFAULT_MAX_TOKENS, Session, place
 from fairseq_lite.plugins import import_user_dir
 from fairseq_lite.tasks.api import resolve_max_positions
@@ -46,7 +46,6 @@ class Translator:
         self.source_dictionary = task.source_dictionary
         self.target_dictionary = task.target_dictionary
         self.device = place(ensemble.models, common, GenerationConfig())
-        self._left_pad = bool(task.run.task.config.left_pad_source)
         config = saved.task.config
         self._encode, decode = build_codecs(
             saved.tokenizer, saved.bpe, config.source_lang, config.target_lang
@@ -99,12 +98,10 @@ class Translator:
             device=self.device,
         )
         with torch.inference_mode():
-            found = translate_lines(
+            found = generate_for_lines(
                 session,
+                self._ensemble.task,
                 [self._encode(line) for line in lines],
-                self.source_dictionary,
-                self.target_dictionary,
-                left_pad_source=self._left_pad,
                 max_tokens=DEFAULT_MAX_TOKENS,
                 max_positions=self._limits,
             )

@@ -1,4 +1,4 @@
-"""flite-interactive: translate sentences from the terminal or a file, in input order."""
+"""flite-interactive: translate lines from the terminal or a file, or continue them, in order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fairseq_lite.config.parse import parse
 from fairseq_lite.config.serial import to_plain
 from fairseq_lite.errors import ConfigError, DataError
 from fairseq_lite.generation.evaluate import Translated
-from fairseq_lite.generation.lines import translate_lines
+from fairseq_lite.generation.lines import generate_for_lines
 from fairseq_lite.generation.output import output_lines
 from fairseq_lite.generation.session import Session, place
 from fairseq_lite.tasks.api import Task, build_task, resolve_max_positions
@@ -131,25 +131,17 @@ def translate(
     run: RunConfig, task: Task, session: Session, lines: list[str], first: int, limits: Any
 ) -> list[tuple[Translated, float]]:
     """Translate one buffer; every line has its record, in order, with its share of the time."""
-    if task.source_dictionary is None:
-        raise ConfigError(f"--task {run.task.name}: this task has no source dictionary")
     cfg = run.dataset
     by_size = cfg.max_tokens is not None or cfg.batch_size is not None
-    return translate_lines(
+    return generate_for_lines(
         session,
+        task,
         lines,
-        task.source_dictionary,
-        task.target_dictionary,
-        left_pad_source=_left_pad(task),
         max_tokens=cfg.max_tokens,
         max_sentences=cfg.batch_size if by_size else 1,
         max_positions=limits,
         first=first,
     )
-
-
-def _left_pad(task: Task) -> bool:
-    return bool(task.cfg.left_pad_source) if hasattr(task.cfg, "left_pad_source") else True
 
 
 def show(one: Translated, seconds: float) -> None:

@@ -6,33 +6,28 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fairseq_lite.data.dictionary import Dictionary
-from fairseq_lite.data.indexed import MemoryDataset
-from fairseq_lite.data.pairs import PairDataset
+from fairseq_lite.errors import ConfigError
 from fairseq_lite.generation.evaluate import Translated
 from fairseq_lite.generation.session import Session
+from fairseq_lite.tasks.api import Task
 
 
-def translate_lines(
+def generate_for_lines(
     session: Session,
+    task: Task,
     lines: Sequence[str],
-    source: Dictionary,
-    target: Dictionary | None,
     *,
-    left_pad_source: bool = True,
     max_tokens: int | None = None,
     max_sentences: int | None = None,
     max_positions: Any = None,
     first: int = 0,
 ) -> list[tuple[Translated, float]]:
-    """Translate segmented lines; every line has its record, in order.
+    """Translate segmented lines, or continue them: every line has its record, in order.
 
     Args:
         session: the generator with its models and texts.
+        task: what the models were built for.
         lines: symbols of the source dictionary, separated by spaces.
-        source: the source dictionary.
-        target: the target dictionary.
-        left_pad_source: as in training.
         max_tokens: tokens in a batch, padding included.
         max_sentences: lines in a batch.
         max_positions: the longest source; longer lines get an empty output of score -inf.
@@ -40,14 +35,14 @@ def translate_lines(
 
     Returns:
         For each line its record and its share of its batch's seconds.
+
+    Raises:
+        ConfigError: the task does not read lines.
     """
-    dataset = PairDataset(
-        MemoryDataset.of([source.encode_line(line) for line in lines]),
-        None,
-        source,
-        target,
-        left_pad_source=left_pad_source,
-    )
+    source = task.source_dictionary
+    if source is None:
+        raise ConfigError(f"--task {task.run.task.name}: this task has no source dictionary")
+    dataset = task.build_dataset_for_inference([source.encode_line(line) for line in lines])
     batches = dataset.batches(
         max_tokens=max_tokens,
         max_sentences=max_sentences,
@@ -65,7 +60,7 @@ def translate_lines(
 
 
 def _run(
-    function: Callable[[Any], list[Translated]], dataset: PairDataset, batch: Any, first: int
+    function: Callable[[Any], list[Translated]], dataset: Any, batch: Any, first: int
 ) -> dict[int, tuple[Translated, float]]:
     sample = dataset.collate(batch)
     # Numbers run on from buffer to buffer.

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -224,6 +226,20 @@ class Task(ABC):
             ConfigError: the task does not generate.
         """
         raise ConfigError(f"--task {self.run.task.name}: this task does not generate")
+
+    def build_dataset_for_inference(self, lines: Sequence[npt.NDArray[np.int64]]) -> Any:
+        """A dataset over lines that were typed, without references.
+
+        Args:
+            lines: the ids of each line, the end symbol included.
+
+        Returns:
+            What has `batches` and `collate`, as the datasets of `load_dataset`.
+
+        Raises:
+            ConfigError: the task does not read lines.
+        """
+        raise ConfigError(f"--task {self.run.task.name}: this task does not read lines of text")
 
     def state_dict(self) -> dict[str, Any]:
         """State to be kept in checkpoints (`task_state`)."""

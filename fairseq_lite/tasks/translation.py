@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from fairseq_lite.config.core import GenerationConfig, RunConfig
 from fairseq_lite.config.flags import flag
 from fairseq_lite.config.serial import section_from_plain
@@ -17,6 +20,7 @@ from fairseq_lite.data.dictionary import Dictionary
 from fairseq_lite.data.folders import data_folders, part_names
 from fairseq_lite.data.indexed import (
     ConcatDataset,
+    MemoryDataset,
     TokenDataset,
     TruncatedDataset,
     dataset_exists,
@@ -238,6 +242,16 @@ class TranslationTask(Task):
         if generation.score_reference:
             return ReferenceScorer(models, self._target)
         return SequenceGenerator(models, self._target, generation, seed=self.run.common.seed)
+
+    def build_dataset_for_inference(self, lines: Sequence[npt.NDArray[np.int64]]) -> PairDataset:
+        """Sources without targets."""
+        return PairDataset(
+            MemoryDataset.of(lines),
+            None,
+            self._source,
+            self._target,
+            left_pad_source=self.cfg.left_pad_source,
+        )
 
     def begin_validation(self, split: str, model: Model) -> None:
         """Make the generator of --eval-bleu."""
