@@ -146,6 +146,14 @@ def test_features_that_are_not_built_are_named(section: str, field: str, message
         read({"cfg": cfg})
 
 
+def test_flags_that_fairseq_lost_are_off() -> None:
+    # fairseq 0.12 takes --scale-* and builds a plain model.
+    state = {"cfg": convert.to_cfg(run_of(tiny(scale_attn=True, scale_heads=True)))}
+    assert read(state).model.config.scale_attn
+    lost = read({**state, "model": {"decoder.layers.0.c_attn": torch.ones(1)}}).model.config
+    assert (lost.scale_attn, lost.scale_heads) == (False, True)
+
+
 # -- writing ours --------------------------------------------------------------------------------
 
 
@@ -162,12 +170,13 @@ def test_cfg_is_that_of_a_real_one(reference: Path) -> None:
 def test_what_is_written_is_read_again() -> None:
     config = tiny(
         decoder_input_dim=32, decoder_output_dim=48, scale_heads=True, decoder_learned_pos=True,
-        decoder_layers_to_keep=(0, 1), offload_activations=True, max_target_positions=200,
+        decoder_layers=6, decoder_layers_to_keep=(0, 4), offload_activations=True,
+        max_target_positions=200,
     )  # fmt: skip
     cfg = convert.to_cfg(run_of(config))
     assert cfg["model"]["max_target_positions"] == 200
-    assert cfg["model"]["decoder_layers_to_keep"] == "0,1"
-    assert read({"cfg": cfg}).model.config == config.resolved()
+    pruned = dataclasses.replace(config, decoder_layers=2, decoder_layers_to_keep=None)
+    assert read({"cfg": cfg}).model.config == pruned.resolved()
 
 
 def test_widths_that_follow_are_spelled_out() -> None:

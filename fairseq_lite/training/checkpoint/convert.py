@@ -61,6 +61,14 @@ _CHOICES = {
     "tokenizer": "tokenizer",
 }
 
+# NormFormer's flags and the weights they make.
+_SCALES = {
+    "scale_attn": ".attn_ln.weight",
+    "scale_fc": ".ffn_layernorm.weight",
+    "scale_heads": ".c_attn",
+    "scale_resids": ".w_resid",
+}
+
 _INTERPOLATION = re.compile(r"\$\{([A-Za-z0-9_.]+)\}")
 
 
@@ -158,7 +166,7 @@ def _model(run: RunConfig, cfg: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _language_model(run: RunConfig) -> dict[str, Any]:
     """The model's fields, and those of its task that fairseq builds it from."""
-    own = {k: _like(k, v) for k, v in vars(run.model.config.resolved()).items()}
+    own = _as_pruned({k: _like(k, v) for k, v in vars(run.model.config.resolved()).items()})
     task = _fields(run.task)
     repeated = ("add_bos_token", "tokens_per_sample")
     longest = (
@@ -192,7 +200,7 @@ def _flat_model(run: RunConfig, cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 def _resolved(own: dict[str, Any]) -> dict[str, Any]:
     """Widths of the decoder that follow the encoder's, spelled out: fairseq does not take None."""
-    result = dict(own)
+    result = _as_pruned(own)
     for name, source in (
         ("decoder_embed_dim", "encoder_embed_dim"),
         ("decoder_ffn_embed_dim", "encoder_ffn_embed_dim"),
@@ -203,6 +211,17 @@ def _resolved(own: dict[str, Any]) -> dict[str, Any]:
             result[name] = result.get(source)
     if result.get("share_all_embeddings"):
         result["share_decoder_input_output_embed"] = True
+    return result
+
+
+def _as_pruned(own: Mapping[str, Any]) -> dict[str, Any]:
+    """The depth the model has: fairseq would prune a pruned model's checkpoint once more."""
+    result = dict(own)
+    for side in ("encoder", "decoder"):
+        keep = result.get(f"{side}_layers_to_keep")
+        if keep:
+            result[f"{side}_layers"] = len(keep.split(","))
+            result[f"{side}_layers_to_keep"] = None
     return result
 
 
@@ -263,6 +282,7 @@ def saved_config(
         ConfigError: an override names no field.
     """
     cfg = cfg_of(state, path)
+    _forget_lost_scales(cfg, state.get("model"))
     _override(cfg, overrides or {}, registries)
     _refuse_not_built(cfg, path, registries)
     choices = {
@@ -411,6 +431,19 @@ def _interpolate(value: Any, root: Mapping[str, Any]) -> Any:
                 target = target.get(key) if isinstance(target, Mapping) else None
             return None if isinstance(target, str) and _INTERPOLATION.fullmatch(target) else target
     return value
+
+
+def _forget_lost_scales(cfg: Mapping[str, Any], weights: object) -> None:
+    """Switch off what fairseq did not build: it takes the flags and loses them before the layers.
+
+    Its checkpoints then say `scale_attn` and hold a plain model.
+    """
+    model = cfg.get("model")
+    if not isinstance(model, dict) or not isinstance(weights, Mapping):
+        return
+    for name, ending in _SCALES.items():
+        if model.get(name) and not any(key.endswith(ending) for key in weights):
+            model[name] = False
 
 
 def _override(
