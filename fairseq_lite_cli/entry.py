@@ -95,7 +95,7 @@ def _drop_stdout() -> None:
 
 def _start(module: str) -> int:
     main = importlib.import_module(f"fairseq_lite_cli.{module}").main
-    return run_command(f"flite-{module}", main)
+    return run_command(f"flite-{module.replace('_', '-')}", main)
 
 
 def preprocess() -> int:
@@ -121,6 +121,11 @@ def interactive() -> int:
 def validate() -> int:
     """flite-validate."""
     return _start("validate")
+
+
+def eval_lm() -> int:
+    """flite-eval-lm."""
+    return _start("eval_lm")
 
 
 def score() -> int:

@@ -42,7 +42,8 @@ def tables() -> str:
         "Accepted with a warning by the command named.",
     ]
     for command, flags in IDLE.items():
-        parts.append(f"- `flite-{command}`: " + ", ".join(f"`{f}`" for f in sorted(flags)))
+        name = command.replace("_", "-")
+        parts.append(f"- `flite-{name}`: " + ", ".join(f"`{f}`" for f in sorted(flags)))
     return "\n\n".join(parts) + "\n"
 
 

@@ -90,6 +90,10 @@ COMMANDS: dict[str, Command] = {
             "preprocess",
             "Make dictionaries and a binary data folder from text files.",
             {"common": core.CommonConfig, "preprocess": core.PreprocessConfig},
+            (
+                Selector("tokenizer", "--tokenizer", "tokenisation of the text, before --bpe"),
+                Selector("bpe", "--bpe", "subword segmentation of the text"),
+            ),
         ),
         _TRAIN,
         Command(
@@ -116,6 +120,13 @@ COMMANDS: dict[str, Command] = {
             "Compute a checkpoint's loss on splits of a data folder.",
             dict(_EVALUATION),
             (_TASK, _BPE, _TOKENIZER),
+        ),
+        Command(
+            "flite-eval-lm",
+            "eval_lm",
+            "Measure how well language models predict a split of a data folder.",
+            {**_EVALUATION, "eval_lm": core.EvalLMConfig},
+            (dataclasses.replace(_TASK, default="language_modeling"), _BPE, _TOKENIZER),
         ),
         Command(
             "flite-score",

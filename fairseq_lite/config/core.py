@@ -330,6 +330,26 @@ class InteractiveConfig:
 
 
 @dataclass(frozen=True)
+class EvalLMConfig:
+    """Measuring a language model."""
+
+    output_word_probs: bool = flag(False, "print every word with its log-probability")
+    output_word_stats: bool = flag(False, "print how often each word occurs, and how likely it is")
+    context_window: int = flag(
+        0, "let every block read N tokens before it, which are not scored; it is that much shorter"
+    )
+    softmax_batch: int | None = flag(
+        None, "compute logits of at most N tokens at a time; the results are the same"
+    )
+
+    def __post_init__(self) -> None:
+        if self.context_window < 0:
+            raise ConfigError(f"--context-window {self.context_window}: expected 0 or more")
+        if self.softmax_batch is not None and self.softmax_batch < 1:
+            raise ConfigError(f"--softmax-batch {self.softmax_batch}: expected 1 or more")
+
+
+@dataclass(frozen=True)
 class EMAConfig:
     """An exponential moving average of the weights."""
 
@@ -371,8 +391,13 @@ class PreprocessConfig:
     padding_factor: int = flag(8, "pad the dictionary to a multiple of N; 1: do not pad")
     workers: int = flag(1, "processes")
     dict_only: bool = flag(False, "make the dictionaries and stop")
+    dict_from_tokenizer: bool = flag(
+        False, "the dictionary is the vocabulary of --bpe in its own order, after the four specials"
+    )
 
     def __post_init__(self) -> None:
+        if self.dict_from_tokenizer:
+            self._check_whole_vocabulary()
         if self.workers < 1:
             raise ConfigError(f"--workers {self.workers}: expected 1 or more")
         if self.joined_dictionary and self.srcdict and self.tgtdict:
@@ -383,10 +408,23 @@ class PreprocessConfig:
             raise ConfigError("--source-lang is needed")
         if self.source_lang and self.source_lang == self.target_lang:
             raise ConfigError("--source-lang and --target-lang are the same")
-        if not (self.trainpref or self.srcdict) or (
-            not self.trainpref and not self.only_source and not (self.tgtdict or self.srcdict)
+        given = self.trainpref or self.srcdict or self.dict_from_tokenizer
+        if not given or (
+            not self.only_source
+            and not (self.trainpref or self.tgtdict or self.srcdict or self.dict_from_tokenizer)
         ):
             raise ConfigError("--trainpref is needed to make a dictionary; or give --srcdict")
+
+    def _check_whole_vocabulary(self) -> None:
+        for name in ("thresholdsrc", "thresholdtgt", "nwordssrc", "nwordstgt"):
+            if getattr(self, name) > 0:
+                raise ConfigError(
+                    f"--{name}: --dict-from-tokenizer keeps every piece, or numbers would shift; "
+                    "leave one of them out"
+                )
+        for name in ("srcdict", "tgtdict"):
+            if getattr(self, name):
+                raise ConfigError(f"--{name} and --dict-from-tokenizer: give one of them")
 
 
 @dataclass(frozen=True)
@@ -422,6 +460,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     generation: GenerationConfig = GenerationConfig()
     interactive: InteractiveConfig = InteractiveConfig()
+    eval_lm: EvalLMConfig = EvalLMConfig()
     ema: EMAConfig = EMAConfig()
     preprocess: PreprocessConfig | None = None
     score: ScoreConfig | None = None

@@ -294,8 +294,7 @@ _SHARDING = frozenset(
 IDLE: dict[str, frozenset[str]] = {
     "preprocess": frozenset(
         """
-        --bpe --criterion --lr-scheduler --optimizer --scoring --task --tokenizer
-        --wandb-project
+        --criterion --lr-scheduler --optimizer --scoring --task --wandb-project
         """.split()
     ),
     "train": frozenset(
@@ -326,6 +325,7 @@ IDLE: dict[str, frozenset[str]] = {
     | _SHARDING,
 }
 IDLE["interactive"] = IDLE["generate"] | {"--scoring"}
+IDLE["eval_lm"] = IDLE["validate"]
 
 # name[,alias…] kind command…
 _ROWS = """

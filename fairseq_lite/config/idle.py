@@ -68,6 +68,13 @@ _UNREAD: dict[str, frozenset[str]] = {
             + _BATCHES,
         )
     ),
+    "flite-eval-lm": frozenset(
+        _all_but(
+            core.CommonConfig, f"no_progress_bar log_format log_file seed user_dir {_PRECISION}"
+        )
+        | _all_but(core.CommonEvalConfig, "path post_process model_overrides results_path")
+        | _all_but(core.DatasetConfig, f"num_workers gen_subset max_valid_steps {_BATCHES}")
+    ),
 }
 
 # Fields that count only when one of the others is on.

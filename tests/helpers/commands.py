@@ -35,7 +35,8 @@ def flite(command: str, *args: object) -> int:
     """Run `flite-{command}` in this process; return its exit status."""
     main = importlib.import_module(f"fairseq_lite_cli.{command}").main
     with _loggers_as_they_were():
-        return run_command(f"flite-{command}", main, [str(arg) for arg in args])
+        name = f"flite-{command.replace('_', '-')}"
+        return run_command(name, main, [str(arg) for arg in args])
 
 
 def flite_process(
