@@ -1,0 +1,128 @@
+"""Two torchrun agents, on two hosts where the machine allows: restarts and signals lose nothing."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from fairseq_lite.training.checkpoint import store
+from tests.helpers.hosts import Host, Processes, free_port, loopback, namespaces, wait_until
+from tests.helpers.training import TOTAL, arguments, assert_same_end, train
+
+pytestmark = [
+    pytest.mark.timeout(150),
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+]
+
+HOSTS = {"loopback": loopback, "namespaces": namespaces}
+QUIET = ("--no-epoch-checkpoints", "--disable-validation")
+
+
+def start_agents(
+    processes: Processes, hosts: list[Host], words: list[str], *flags: str, **environ: str
+) -> None:
+    """One agent a host, one rank an agent: what a user types on every machine."""
+    endpoint = f"{hosts[0].address}:{free_port()}"
+    for number, host in enumerate(hosts):
+        # Said, as a host here does not know that the first address is its own: names have none.
+        keeps_store = f"--rdzv-conf=is_host={int(number == 0)}"
+        processes.start(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(hosts)}"),
+                *("--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"),
+                *(
+                    keeps_store,
+                    f"--local-addr={host.address}",
+                    *flags,
+                    "-m",
+                    "fairseq_lite_cli.train",
+                    *words,
+                ),
+            ],
+            host=host,
+            **environ,
+        )
+
+
+def updates_saved(folder: Path) -> int:
+    state = store.load(folder / "checkpoint_last.pt")
+    number: int = state["optimizer_history"][0]["num_updates"]
+    return number
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks that one command started, and that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "checkpoints"
+    train(toy_data, folder, "--max-update", TOTAL, "--distributed-world-size", 2, *QUIET)
+    return folder
+
+
+# In the first attempt only: the mark stays on the disk. All ranks are in the same update.
+KILLS_ONE_RANK = '''
+"""Ends rank 1, as kill -9 or the system short of memory would, once."""
+
+import os
+import signal
+from pathlib import Path
+
+from fairseq_lite.training.trainer import Trainer
+
+mark, train_step = Path(os.environ["KILLED"]), Trainer.train_step
+
+
+def dies_once(self, batches):
+    if self.state.num_updates == 17 and os.environ["RANK"] == "1" and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train_step(self, batches)
+
+
+Trainer.train_step = dies_once
+'''
+
+
+@pytest.mark.parametrize("place", HOSTS)
+def test_one_rank_is_killed_all_start_again(
+    place: str, toy_data: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """The restart goes on from the last checkpoint and ends with the same bits."""
+    plugin = tmp_path / "kills_one_rank"
+    plugin.mkdir()
+    (plugin / "__init__.py").write_text(KILLS_ONE_RANK)
+    folder = tmp_path / "checkpoints"
+    words = arguments(toy_data, folder, *QUIET, "--max-update", TOTAL, "--user-dir", plugin)
+    words += ["--save-interval-updates", "5", "--keep-interval-updates", "1"]
+    with HOSTS[place](2) as hosts, Processes(tmp_path) as processes:
+        killed = str(tmp_path / "killed")
+        start_agents(processes, hosts, words, "--max-restarts=1", KILLED=killed)
+        assert processes.wait(90) == [0, 0], processes.output()
+        assert Path(killed).exists()
+        assert wait_until(lambda: not processes.alive(), 5)
+    log = folder.with_suffix(".log").read_text()
+    assert "No existing checkpoint found" in log
+    assert "checkpoint_last.pt (epoch 3 @ 15 updates)" in log, "it must not begin anew"
+    assert_same_end(folder, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
+def test_agents_that_are_asked_to_end_save_first(
+    number: signal.Signals, toy_data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    words = arguments(toy_data, folder, *QUIET, "--max-update", 100000)
+    with loopback(2) as hosts, Processes(tmp_path) as processes:
+        start_agents(processes, hosts, words, "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1")
+        log = folder.with_suffix(".log")
+        assert wait_until(lambda: log.exists() and '"num_updates": "5"' in log.read_text(), 60)
+        for agent in processes.started:
+            agent.send_signal(number)
+        # torchrun tells by its exit status that it was ended, not how the ranks ended.
+        assert 0 not in processes.wait(30)
+        assert wait_until(lambda: not processes.alive(), 5)
+    said = log.read_text()
+    assert "asked to end" in said and "done training" in said
+    assert 5 <= updates_saved(folder) < 100000
