@@ -7,6 +7,7 @@ This module imports no torch, so that the processes that binarise text start qui
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -151,6 +152,13 @@ class Dictionary:
         while padding_factor > 1 and len(self) % padding_factor:
             self.add_symbol(f"madeupword{number:04d}", n=0)
             number += 1
+
+    def truncated(self, size: int) -> Dictionary:
+        """The first `size` symbols, special ones included, as a dictionary of their own."""
+        other = copy.copy(self)
+        other.symbols, other.count = self.symbols[:size], self.count[:size]
+        other.indices = {symbol: i for symbol, i in self.indices.items() if i < size}
+        return other
 
     # -- files -------------------------------------------------------------------------------------
 

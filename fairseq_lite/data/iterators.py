@@ -212,20 +212,19 @@ class EpochBatchIterator:
         rest = self._order()[done:]
         steps = self._steps(len(rest))
         mine = rest[self.rank :: self.world_size][:steps].tolist()
-        batches = [self.batches[k] for k in mine]
         self._done_before, self._began_at = done, start
-        padded = [*batches, *[None] * (steps - len(batches))]
+        padded = [*mine, *[None] * (steps - len(mine))]
         return CountingIterator(self._samples(padded), start + steps, start)
 
-    def _samples(self, batches: Sequence[Batch | None]) -> Iterator[Any]:
+    def _samples(self, numbers: Sequence[int | None]) -> Iterator[Any]:
         if self.num_workers <= 0:
-            return map(self._sample, batches)
-        return _read_ahead(self._sample, batches, self.num_workers)
+            return map(self._sample, numbers)
+        return _read_ahead(self._sample, numbers, self.num_workers)
 
-    def _sample(self, batch: Batch | None) -> Any:
-        if batch is None:
+    def _sample(self, number: int | None) -> Any:
+        if number is None:
             return None
-        sample = self._collate(batch)
+        sample = self._collate(self.batches[number])
         return _pinned(sample) if self._pin_memory else sample
 
     def first_batch(self) -> Any:

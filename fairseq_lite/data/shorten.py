@@ -12,7 +12,8 @@ from fairseq_lite.data.indexed import Ids, TokenDataset, ranges
 
 ShortenMethod = Literal["none", "truncate", "random_crop"]
 
-_SEEDS = 1_000_000  # fairseq's range of seeds that are made of several numbers
+# fairseq's range of seeds that are made of several numbers; a float: its rounding is part of them.
+_SEEDS = 1e6
 
 
 class ShortenedDataset(TokenDataset):
@@ -42,7 +43,8 @@ class ShortenedDataset(TokenDataset):
     @functools.cached_property
     def sizes(self) -> npt.NDArray[np.int32]:  # type: ignore[override]
         """Length of every item."""
-        return np.minimum(self.dataset.sizes, np.int32(self._length))
+        sizes: npt.NDArray[np.int32] = np.minimum(self.dataset.sizes, np.int32(self._length))
+        return sizes
 
     def sizes_of(self, which: slice | Ids) -> Ids:
         return np.minimum(self.dataset.sizes_of(which), self._length)
@@ -61,7 +63,7 @@ class ShortenedDataset(TokenDataset):
         return tokens[ranges(starts, kept)], kept
 
     def _offset(self, index: int, excess: int) -> int:
-        seed = hash((self._seed, self._epoch - 1, index)) % _SEEDS
+        seed = int(hash((self._seed, self._epoch - 1, index)) % _SEEDS)
         return int(np.random.RandomState(seed).randint(0, excess))
 
 
