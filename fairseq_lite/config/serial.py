@@ -36,10 +36,15 @@ def to_plain(run: core.RunConfig) -> dict[str, Any]:
         value = getattr(run, field.name)
         if isinstance(value, core.Choice):
             if value.name is not None:
-                result[field.name] = {"_name": value.name, **plain(value.config)}
+                result[field.name] = choice_to_plain(value)
         elif dataclasses.is_dataclass(value):
             result[field.name] = plain(value)
     return result
+
+
+def choice_to_plain(choice: core.Choice) -> dict[str, Any]:
+    """An entry's fields as plain values, its name under `_name`; nothing of an empty choice."""
+    return {} if choice.name is None else {"_name": choice.name, **plain(choice.config)}
 
 
 def choice_from_plain(registry: Registry, values: Mapping[str, Any]) -> core.Choice:

@@ -89,6 +89,16 @@ def blocks(span: Span, progress: Progress | None = None) -> Iterator[Block]:
     Raises:
         DataError: bytes that are not UTF-8; the message names file and line.
     """
+    for data, _ in chunks(span, progress):
+        yield Block(data)
+
+
+def chunks(span: Span, progress: Progress | None = None) -> Iterator[tuple[bytes, int]]:
+    """The bytes of a span, whole lines at a time, and where in the file they begin.
+
+    Raises:
+        DataError: bytes that are not UTF-8; the message names file and line.
+    """
     with open_text(span.path) as file:
         file.seek(span.start)
         left = span.end - span.start
@@ -101,12 +111,25 @@ def blocks(span: Span, progress: Progress | None = None) -> Iterator[Block]:
                 # A CR at the very end may be half of a CR LF.
                 cut = max(data.rfind(b"\n"), data.rfind(b"\r", 0, len(data) - 1)) + 1
             carry = data[cut:]
+            begin = file.tell() - len(data)
             if cut:
-                yield Block(_checked(data[:cut], span.path, file.tell() - len(data)))
+                yield _checked(data[:cut], span.path, begin), begin
             if progress is not None:
                 progress(cut)
         if carry:  # the file became shorter while it was read
-            yield Block(_checked(carry, span.path, file.tell() - len(carry)))
+            begin = file.tell() - len(carry)
+            yield _checked(carry, span.path, begin), begin
+
+
+def lines_of(data: bytes) -> list[str]:
+    """Whole lines of text without their ends: LF, CR LF or CR."""
+    text = data.decode("utf-8")
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    lines = text.split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return lines
 
 
 def _checked(data: bytes, path: str, offset: int) -> bytes:

@@ -11,16 +11,11 @@ import itertools
 import logging
 import os
 import shutil
-import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
-
-from tqdm import tqdm
 
 from fairseq_lite.config.core import PreprocessConfig
 from fairseq_lite.data.binarize import (
@@ -29,32 +24,37 @@ from fairseq_lite.data.binarize import (
     encode_alignments,
     open_text,
     parse_alignment,
-    spans,
 )
 from fairseq_lite.data.dictionary import Dictionary
 from fairseq_lite.data.indexed import IndexedWriter, best_dtype
+from fairseq_lite.data.text import recorded
+from fairseq_lite.data.text.segment import Segmentation, Segmenter
+from fairseq_lite.data.texts import ProgressBar, Texts, size_of
 from fairseq_lite.data.workers import Workers, count_job, encode_job
 from fairseq_lite.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-_MIN_SPAN = 1 << 20  # bytes; a process has to have something to do
-_PROGRESS_SECONDS = 10.0
 
-
-def run(cfg: PreprocessConfig, settings: Mapping[str, Any] | None = None) -> None:
+def run(
+    cfg: PreprocessConfig,
+    settings: Mapping[str, Any] | None = None,
+    segmentation: Segmentation | None = None,
+) -> None:
     """Make the data folder that `cfg` describes.
 
     Args:
         cfg: what to read and write.
         settings: what the log begins with; the fields of `cfg` when None.
+        segmentation: how plain text becomes pieces; None takes the text's words.
 
     Raises:
         DataError: a text is missing, not UTF-8 or has another number of lines than its other side;
             a dictionary is there already; or the folder cannot be written.
-        ConfigError: flags that contradict each other.
+        ConfigError: flags that contradict each other, or a tokenizer that cannot be used.
     """
-    job = _Preprocessing(cfg, vars(cfg) if settings is None else settings)
+    segmenter = Segmenter(segmentation) if segmentation else None
+    job = _Preprocessing(cfg, vars(cfg) if settings is None else settings, segmenter)
     destination = Path(cfg.destdir)
     with _writing(destination) as staging, Workers(cfg.workers) as workers:
         job.run(staging, workers)
@@ -74,6 +74,8 @@ def _writing(destination: Path) -> Iterator[Path]:
                 with (destination / path.name).open("a", encoding="utf-8") as log:
                     log.write(path.read_text(encoding="utf-8"))
             else:
+                if path.is_dir():  # a folder takes the place of an empty one only
+                    shutil.rmtree(destination / path.name, ignore_errors=True)
                 os.replace(path, destination / path.name)
         made = []
     except OSError as e:
@@ -90,14 +92,21 @@ def _writing(destination: Path) -> Iterator[Path]:
 class _Preprocessing:
     """One run: the files it reads, the files it writes."""
 
-    def __init__(self, cfg: PreprocessConfig, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, cfg: PreprocessConfig, settings: Mapping[str, Any], segmenter: Segmenter | None
+    ) -> None:
         if cfg.dataset_impl not in ("mmap", "raw"):
             raise ConfigError(
                 f"--dataset-impl {cfg.dataset_impl}: expected mmap or raw; "
                 "other formats can be read but are no longer written"
             )
         self.cfg = cfg
+        if cfg.dict_from_tokenizer and (segmenter is None or segmenter.subword is None):
+            raise ConfigError(
+                "--dict-from-tokenizer needs the tokenizer: --bpe hf_tokenizer --hf-tokenizer PATH"
+            )
         self.settings = settings
+        self.segmenter = segmenter
         self.langs: list[str | None] = [cfg.source_lang]
         if not cfg.only_source:
             self.langs.append(cfg.target_lang)
@@ -113,9 +122,15 @@ class _Preprocessing:
             f"Namespace({', '.join(f'{k}={v!r}' for k, v in self.settings.items())})", "debug"
         )
         self._check_inputs()
-        dictionaries = self._dictionaries()
+        with Texts(staging / "text", self.cfg.workers, self.segmenter) as self.texts:
+            self.texts.prepare(self._texts_wanted())
+            self._make(self._dictionaries())
+        if self.segmenter is not None:
+            recorded.write(staging, self.segmenter.segmentation)
+
+    def _make(self, dictionaries: Sequence[Dictionary]) -> None:
         for lang, dictionary in zip(self.langs, dictionaries, strict=True):
-            dictionary.save(staging / self._dict_name(lang))
+            dictionary.save(self.staging / self._dict_name(lang))
         if self.cfg.dict_only:
             return
         for lang, dictionary in zip(self.langs, dictionaries, strict=True):
@@ -155,15 +170,14 @@ class _Preprocessing:
 
     def _check_inputs(self) -> None:
         cfg = self.cfg
-        given = {cfg.source_lang: cfg.srcdict, cfg.target_lang: cfg.tgtdict}
         for lang in self.langs:
             made = Path(cfg.destdir, self._dict_name(lang))
-            either = cfg.joined_dictionary and (cfg.srcdict or cfg.tgtdict)
-            if not given[lang] and not either and made.exists():
+            if not self._given(lang) and made.exists():
                 raise DataError(
                     f"{made} exists: use it with --srcdict or --tgtdict, remove it, "
                     "or choose another --destdir"
                 )
+        self._check_segmentation()
         if cfg.dict_only:
             return
         for _, prefix in self.splits:
@@ -181,10 +195,47 @@ class _Preprocessing:
                     f"has no counterpart; both sides must have the same number of lines"
                 )
 
+    def _check_segmentation(self) -> None:
+        """Everything in a folder is segmented alike, as its record says."""
+        found = recorded.read(self.cfg.destdir)
+        now = self.segmenter.segmentation if self.segmenter is not None else Segmentation()
+        if found is not None and not recorded.same(found, now):
+            raise DataError(
+                f"{Path(self.cfg.destdir, recorded.FILE)}: this folder is segmented by {found}, "
+                f"not by {now or 'nothing'}: choose another --destdir, or remove what is in it"
+            )
+        if self.segmenter is not None:
+            self.segmenter.check(self.langs)
+            if self.segmenter.drops_text():
+                logger.warning(
+                    "%s leaves out what it does not know, without a trace: it has neither an "
+                    "unknown symbol nor bytes to fall back on",
+                    now,
+                )
+
+    def _texts_wanted(self) -> Iterator[tuple[str, str | None]]:
+        """Every text that is read, and its language."""
+        cfg = self.cfg
+        for lang in self.langs:
+            if not cfg.dict_only:
+                for _, prefix in self.splits:
+                    yield self._text(prefix, lang), lang
+            elif cfg.trainpref and not (cfg.dict_from_tokenizer or self._given(lang)):
+                yield self._text(cfg.trainpref, lang), lang
+
+    def _given(self, lang: str | None) -> str | None:
+        """The dictionary that was given for a language."""
+        cfg = self.cfg
+        if cfg.joined_dictionary:
+            return cfg.srcdict or cfg.tgtdict
+        return cfg.srcdict if lang == cfg.source_lang else cfg.tgtdict
+
     # -- dictionaries ------------------------------------------------------------------------------
 
     def _dictionaries(self) -> list[Dictionary]:
         cfg = self.cfg
+        if cfg.dict_from_tokenizer:
+            return [self._whole_vocabulary()] * len(self.langs)
         if cfg.joined_dictionary:
             given = cfg.srcdict or cfg.tgtdict
             limits = (cfg.thresholdsrc, cfg.nwordssrc)
@@ -200,6 +251,16 @@ class _Preprocessing:
             )
         return found
 
+    def _whole_vocabulary(self) -> Dictionary:
+        """The tokenizer's vocabulary: number n there is number n + 4 here, after our specials."""
+        assert self.segmenter is not None and self.segmenter.subword is not None
+        dictionary = Dictionary()
+        for number, symbol in enumerate(self.segmenter.subword.vocabulary()):
+            if dictionary.add_symbol(symbol, n=0) != number + dictionary.nspecial:
+                raise DataError(f"--dict-from-tokenizer: {symbol!r} stands twice in the vocabulary")
+        dictionary.pad_to_multiple_(self.cfg.padding_factor)
+        return dictionary
+
     def _build(self, langs: Sequence[str | None], threshold: int, nwords: int) -> Dictionary:
         if not self.cfg.trainpref:
             raise ConfigError(
@@ -208,8 +269,8 @@ class _Preprocessing:
         dictionary = Dictionary()
         for lang in langs:
             path = self._text(self.cfg.trainpref, lang)
-            parts = self._spans(path)
-            with _ProgressBar(f"{path}: words", parts[-1].end) as progress:
+            parts = self.texts.parts(path, lang)
+            with ProgressBar(f"{path}: words", size_of(parts)) as progress:
                 counts: Counter[str] = Counter()
                 for found in self.workers.run([count_job(s) for s in parts], progress):
                     counts.update(found)
@@ -219,32 +280,30 @@ class _Preprocessing:
 
     # -- splits ------------------------------------------------------------------------------------
 
-    def _spans(self, path: str) -> list[Any]:
-        size = os.path.getsize(path) if os.path.exists(path) else 0
-        return spans(path, max(1, min(self.workers.count, size // _MIN_SPAN)))
-
     def _make_split(
         self, split: str, prefix: str, lang: str | None, dictionary: Dictionary
     ) -> None:
         path = self._text(prefix, lang)
         output = self.staging / self._output(split, lang)
         if self.cfg.dataset_impl == "raw":
-            shutil.copyfile(path, output)
+            self.texts.copy(path, lang, output)
             return
         self._log(f"[{lang}] Dictionary: {len(dictionary)} types")
-        summary = self._binarize(path, dictionary, str(output))
+        summary = self._binarize(path, lang, dictionary, str(output))
         share = 100 * summary.replaced / max(summary.tokens, 1)
         self._log(
             f"[{lang}] {path}: {summary.sentences} sents, {summary.tokens} tokens, "
             f"{share:.3}% replaced (by {dictionary.unk_word})"
         )
 
-    def _binarize(self, path: str, dictionary: Dictionary, output: str) -> Summary:
-        parts = self._spans(path)
+    def _binarize(
+        self, path: str, lang: str | None, dictionary: Dictionary, output: str
+    ) -> Summary:
+        parts = self.texts.parts(path, lang)
         encoder = (dictionary.indices, dictionary.eos(), dictionary.unk())
         prefixes = [output] if len(parts) == 1 else [f"{output}.pt{i}" for i in range(len(parts))]
         jobs = [encode_job(s, encoder, p) for s, p in zip(parts, prefixes, strict=True)]
-        with _ProgressBar(path, parts[-1].end) as progress:
+        with ProgressBar(path, size_of(parts)) as progress:
             results = self.workers.run(jobs, progress)
         if len(parts) > 1:
             _merge(prefixes, output, len(dictionary))
@@ -271,14 +330,12 @@ class _Preprocessing:
         cfg = self.cfg
         if cfg.only_source or not cfg.trainpref:
             raise ConfigError("--alignfile needs --trainpref with a source and a target side")
-        paths = [alignfile, *(self._text(cfg.trainpref, lang) for lang in self.langs)]
+        sides = [self.texts.lines(self._text(cfg.trainpref, lang), lang) for lang in self.langs]
         source, target = dictionaries
         frequencies: dict[int, Counter[int]] = {}
-        with contextlib.ExitStack() as stack:
-            for path in paths:
-                open_text(path).close()
-            files = [stack.enter_context(open(path, encoding="utf-8")) for path in paths]
-            for number, rows in enumerate(itertools.zip_longest(*files), start=1):
+        open_text(alignfile).close()
+        with open(alignfile, encoding="utf-8") as alignments:
+            for number, rows in enumerate(itertools.zip_longest(alignments, *sides), start=1):
                 where = f"{alignfile}:{number}"
                 if None in rows:
                     raise DataError(f"{where}: the alignments and the texts differ in length")
@@ -307,38 +364,3 @@ def _merge(prefixes: Sequence[str], output: str, vocabulary: int) -> None:
         writer.finalize()
     finally:
         writer.close()
-
-
-class _ProgressBar:
-    """Shows how far a file is: a bar on a terminal, otherwise a line every ten seconds."""
-
-    def __init__(self, name: str, total: int) -> None:
-        self._name, self._total = name, total
-        self._done = 0
-        self._began = self._told = time.monotonic()
-        self._bar: Any = None
-
-    def __enter__(self) -> _ProgressBar:
-        if sys.stderr.isatty():
-            self._bar = tqdm(
-                total=self._total, desc=self._name, unit="B", unit_scale=True, leave=False
-            )
-        return self
-
-    def __exit__(
-        self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def __call__(self, done: int) -> None:
-        self._done += done
-        if self._bar is not None:
-            self._bar.update(done)
-            return
-        now = time.monotonic()
-        if now - self._told >= _PROGRESS_SECONDS:
-            self._told = now
-            speed = self._done / (now - self._began) / 1e6
-            share = 100 * self._done / max(self._total, 1)
-            logger.info("%s: %.0f%% (%.1f MB/s)", self._name, share, speed)

@@ -2,7 +2,7 @@
 
 Each worker is a fresh interpreter that imports numpy and nothing of torch, reads jobs as JSON from
 its standard input and writes its results to files: nothing is forked, nothing large is pickled.
-`python -m fairseq_lite.data.workers` is such a worker.
+`python -m fairseq_lite.data.workers` is such a worker; `fairseq_lite.data.text.segment` is another.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fairseq_lite.data.binarize import Encoder, Progress, Span, count_words, encode_span
-from fairseq_lite.errors import DataError
+from fairseq_lite.errors import DataError, FliteError
 
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
+
+# What a worker can do: the name of a job -> a function of the job and of how far it is.
+Jobs = Mapping[str, Callable[[dict[str, Any], Progress], Any]]
 
 
 class Workers:
@@ -32,10 +35,16 @@ class Workers:
 
     Args:
         count: how many processes; 1 works in this one.
+        jobs: what can be done in this process.
+        module: the module whose `__main__` is a worker for these jobs.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(
+        self, count: int, jobs: Jobs | None = None, module: str = "fairseq_lite.data.workers"
+    ) -> None:
         self.count = count
+        self._jobs = JOBS if jobs is None else jobs
+        self._module = module
         self._idle: queue.SimpleQueue[subprocess.Popen[str]] = queue.SimpleQueue()
         self._all: list[subprocess.Popen[str]] = []
         self._lock = threading.Lock()
@@ -54,7 +63,7 @@ class Workers:
             DataError: what the first job that failed said.
         """
         if self.count == 1 or len(jobs) == 1:
-            return [perform(job, progress or _ignore) for job in jobs]
+            return [self._jobs[job["job"]](job, progress or _ignore) for job in jobs]
         lock = threading.Lock()
 
         def report(done: int) -> None:
@@ -97,7 +106,7 @@ class Workers:
             if self._closed:
                 raise DataError("preprocessing was ended")
             process = subprocess.Popen(
-                [sys.executable, "-m", "fairseq_lite.data.workers"],
+                [sys.executable, "-m", self._module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 encoding="utf-8",
@@ -162,27 +171,24 @@ def _encode(job: dict[str, Any], progress: Progress) -> Any:
     return dataclasses.astuple(summary)
 
 
-_JOBS: dict[str, Callable[[dict[str, Any], Progress], Any]] = {"count": _count, "encode": _encode}
+JOBS: Jobs = {"count": _count, "encode": _encode}
 
 
-def perform(job: dict[str, Any], progress: Progress) -> Any:
-    """Do one job in this process."""
-    return _JOBS[job["job"]](job, progress)
-
-
-def main() -> None:
+def main(jobs: Jobs) -> None:
     """Do jobs from standard input until it ends."""
     # Ctrl-C reaches the whole group; the parent decides what ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    out, sys.stdout = sys.stdout, sys.stderr  # a plugin may print
 
     def answer(**value: Any) -> None:
-        sys.stdout.write(json.dumps(value) + "\n")
-        sys.stdout.flush()
+        out.write(json.dumps(value) + "\n")
+        out.flush()
 
     for line in sys.stdin:
         try:
-            answer(result=perform(json.loads(line), lambda done: answer(bytes=done)))
-        except DataError as e:
+            job = json.loads(line)
+            answer(result=jobs[job["job"]](job, lambda done: answer(bytes=done)))
+        except FliteError as e:
             answer(error=str(e))
         except BrokenPipeError:  # the parent has gone
             return
@@ -191,4 +197,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(JOBS)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fairseq_lite.config.core import PreprocessConfig
-from fairseq_lite.data import preprocess
+from fairseq_lite.data import preprocess, texts
 from fairseq_lite.data.dictionary import Dictionary
 from fairseq_lite.data.indexed import IndexedDataset
 from fairseq_lite.errors import ConfigError, DataError
@@ -54,7 +54,7 @@ _MT = {
 def test_same_bytes_as_fairseq(tmp_path, monkeypatch, folder, options, workers) -> None:
     reference = shared_dir("reference")
     monkeypatch.chdir(reference)
-    monkeypatch.setattr(preprocess, "_MIN_SPAN", 1)  # small as these files are, cut them up
+    monkeypatch.setattr(texts, "_MIN_SPAN", 1)  # small as these files are, cut them up
     out = tmp_path / "out"
     preprocess.run(PreprocessConfig(destdir=str(out), workers=workers, **options))
     expected = {p.name: p.read_bytes() for p in (reference / folder).iterdir()}
@@ -101,7 +101,7 @@ def _items(path: Path) -> list[list[int]]:
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_lines_and_words(corpus, monkeypatch, workers) -> None:
-    monkeypatch.setattr(preprocess, "_MIN_SPAN", 1)
+    monkeypatch.setattr(texts, "_MIN_SPAN", 1)
     preprocess.run(_config(corpus, workers=workers, validpref=str(corpus / "valid")))
     out = corpus / "out"
     english = Dictionary.load(out / "dict.en.txt")
@@ -192,7 +192,7 @@ def test_unequal_line_counts(corpus, change, says, workers) -> None:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_undecodable_bytes(tmp_path, monkeypatch, workers) -> None:
-    monkeypatch.setattr(preprocess, "_MIN_SPAN", 1)
+    monkeypatch.setattr(texts, "_MIN_SPAN", 1)
     lines = [b"line\r\n"] * 50 + [b"broken \xff here\n"] + [b"line\r"] * 50
     (tmp_path / "train.en").write_bytes(b"".join(lines))
     (tmp_path / "train.de").write_bytes(b"x\n" * 101)
@@ -230,7 +230,7 @@ def test_a_full_disk(corpus, monkeypatch, workers) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(preprocess, "_MIN_SPAN", 1)
+    monkeypatch.setattr(texts, "_MIN_SPAN", 1)
     monkeypatch.setattr(preprocess.IndexedWriter, "finalize", full)
     with pytest.raises(DataError, match="No space left on device; nothing was left behind"):
         preprocess.run(_config(corpus, workers=workers))
@@ -238,7 +238,7 @@ def test_a_full_disk(corpus, monkeypatch, workers) -> None:
 
 
 def test_a_worker_that_dies_ends_the_run(corpus, monkeypatch) -> None:
-    monkeypatch.setattr(preprocess, "_MIN_SPAN", 1)
+    monkeypatch.setattr(texts, "_MIN_SPAN", 1)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(DataError, match="a worker process ended unexpectedly"):
         preprocess.run(_config(corpus, workers=2))

@@ -22,11 +22,12 @@ from fairseq_lite.errors import ConfigError, DataError, MissingDependency
 from tests.helpers.shared import shared_dir
 
 
-def test_names_are_fairseqs() -> None:
+def test_names_are_fairseqs_and_one_of_ours() -> None:
     assert TOKENIZERS.names() == ("moses", "nltk", "space")
     assert set(BPE.names()) == {
         *("bert", "byte_bpe", "bytes", "characters", "fastbpe"),
         *("gpt2", "hf_byte_bpe", "sentencepiece", "subword_nmt"),
+        "hf_tokenizer",
     }
 
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fairseq_lite.data.text import bpe, byte_level, tokenizers
+from fairseq_lite.data.text import bpe, byte_level, hf, tokenizers
 
-__all__ = ["bpe", "byte_level", "tokenizers"]
+__all__ = ["bpe", "byte_level", "hf", "tokenizers"]

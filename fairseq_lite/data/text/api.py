@@ -30,6 +30,10 @@ class TextCodec(ABC):
     def decode(self, text: str) -> str:
         """Undo `encode`."""
 
+    def encode_lines(self, lines: Sequence[str]) -> list[str]:
+        """`encode` of many lines at once; overridden where a library has a quicker way."""
+        return [self.encode(line) for line in lines]
+
     def files(self) -> Sequence[Path]:
         """Files that must travel with a model that uses this."""
         return ()
@@ -67,6 +71,42 @@ class Subword(TextCodec):
         """
         raise ConfigError(f"{type(self).__name__} cannot tell where words begin")
 
+    def drops_text(self) -> bool:
+        """Whether text that is not known leaves no piece at all, as far as can be told."""
+        return False
+
+    def vocabulary(self) -> Sequence[str]:
+        """Every symbol that `encode` may give, and those it never gives, in the model's own order.
+
+        Raises:
+            ConfigError: this segmentation has no numbers of its own.
+        """
+        raise ConfigError(
+            "--dict-from-tokenizer: only --bpe hf_tokenizer, gpt2 and hf_byte_bpe number their "
+            "pieces; --bpe hf_tokenizer reads sentencepiece models and BERT's vocab.txt as well"
+        )
+
+
+class NumberedSubword(Subword):
+    """Subwords whose library gives the numbers of pieces, many lines at once."""
+
+    @abstractmethod
+    def numbers(self, lines: Sequence[str]) -> Sequence[Sequence[int]]:
+        """The numbers of each line's pieces."""
+
+    @abstractmethod
+    def names(self) -> Sequence[str]:
+        """The symbol that each number is written as."""
+
+    def encode(self, text: str) -> str:
+        """Segment a line into the symbols of its pieces."""
+        return self.encode_lines([text])[0]
+
+    def encode_lines(self, lines: Sequence[str]) -> list[str]:
+        """Segment lines."""
+        name = self.names().__getitem__
+        return [" ".join(map(name, found)) for found in self.numbers(lines)]
+
 
 def build_tokenizer(
     choice: Choice, source_lang: str | None = None, target_lang: str | None = None
@@ -94,8 +134,7 @@ def build_codecs(
     target_lang: str | None = None,
 ) -> tuple[Callable[[str], str], Callable[[str], str]]:
     """Raw text to segmented text (tokenizer, then subwords), and back."""
-    both = (build_tokenizer(tokenizer, source_lang, target_lang), build_bpe(bpe))
-    parts = [codec for codec in both if codec is not None]
+    parts = codec_chain(tokenizer, bpe, source_lang, target_lang)
 
     def encode(text: str) -> str:
         for codec in parts:
@@ -108,6 +147,17 @@ def build_codecs(
         return text
 
     return encode, decode
+
+
+def codec_chain(
+    tokenizer: Choice,
+    bpe: Choice,
+    source_lang: str | None = None,
+    target_lang: str | None = None,
+) -> list[TextCodec]:
+    """What a line goes through on the way in, in this order."""
+    both = (build_tokenizer(tokenizer, source_lang, target_lang), build_bpe(bpe))
+    return [codec for codec in both if codec is not None]
 
 
 def required_file(path: str | None, flag: str) -> Path:

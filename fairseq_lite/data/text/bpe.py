@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import sentencepiece
 
 from fairseq_lite.config.flags import flag
 from fairseq_lite.data.postprocess import post_process
-from fairseq_lite.data.text.api import BPE, Subword, required_file
+from fairseq_lite.data.text.api import BPE, NumberedSubword, Subword, required_file
 from fairseq_lite.errors import DataError, MissingDependency
 
 SPACE_MARK = "\u2581"
@@ -63,6 +64,13 @@ class Sentencepiece(Subword):
         else:
             pieces = self._model.encode(text, out_type=str)
         return " ".join(pieces)
+
+    def encode_lines(self, lines: Sequence[str]) -> list[str]:
+        """Segment lines."""
+        if self.cfg.sentencepiece_enable_sampling:
+            return super().encode_lines(lines)
+        found = self._model.encode(list(lines), out_type=str, num_threads=1)
+        return [" ".join(pieces) for pieces in found]
 
     def decode(self, text: str) -> str:
         """Join pieces."""
@@ -173,7 +181,15 @@ class FastBpe(Subword):
         return (self._path,)
 
 
-def _tokenizers(name: str) -> Any:
+def tokenizers_library(name: str) -> Any:
+    """Hugging Face's tokenizers, for the `--bpe` called `name`; imported when first needed.
+
+    Raises:
+        MissingDependency: it is not installed.
+    """
+    # The library's threads do not survive a fork, which it says on standard error whenever a
+    # process is made afterwards. Processes are what --workers asks for.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         import tokenizers
     except ImportError:
@@ -181,7 +197,7 @@ def _tokenizers(name: str) -> Any:
     return tokenizers
 
 
-class _ByteLevel(Subword):
+class _ByteLevel(NumberedSubword):
     """Byte-level BPE whose pieces are written as their numbers.
 
     Args:
@@ -191,24 +207,44 @@ class _ByteLevel(Subword):
         prefix_space: put a space before the line.
     """
 
-    def __init__(
-        self, name: str, cfg: Any, vocab: Path, merges: Path, prefix_space: bool = False
-    ) -> None:
+    name: str
+
+    def __init__(self, cfg: Any, vocab: Path, merges: Path, prefix_space: bool = False) -> None:
         super().__init__(cfg)
         self._vocab, self._merges = vocab, merges
-        library = _tokenizers(name)
-        try:
-            self._bpe = library.ByteLevelBPETokenizer(
-                str(vocab), str(merges), add_prefix_space=prefix_space
-            )
-            numbers = json.loads(vocab.read_text(encoding="utf-8"))
-        except Exception as e:  # the library raises bare Exception for malformed files
-            raise DataError(f"{vocab}, {merges}: not a byte-level BPE: {e}") from None
-        self._pieces = {number: piece for piece, number in numbers.items()}
+        self._prefix_space = prefix_space
 
-    def encode(self, text: str) -> str:
-        """Segment a line into the numbers of its pieces."""
-        return " ".join(map(str, self._bpe.encode(text).ids))
+    @functools.cached_property
+    def _bpe(self) -> Any:
+        library = tokenizers_library(self.name)
+        try:
+            return library.ByteLevelBPETokenizer(
+                str(self._vocab), str(self._merges), add_prefix_space=self._prefix_space
+            )
+        except Exception as e:  # the library raises bare Exception for malformed files
+            raise DataError(
+                f"{self._vocab}, {self._merges}: not a byte-level BPE: {' '.join(str(e).split())}"
+            ) from None
+
+    @functools.cached_property
+    def _pieces(self) -> dict[int, str]:
+        return {number: piece for piece, number in self._bpe.get_vocab().items()}
+
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        return [str(number) for number in range(max(self._pieces, default=-1) + 1)]
+
+    def numbers(self, lines: Sequence[str]) -> list[list[int]]:
+        """The numbers of each line's pieces."""
+        return [line.ids for line in self._bpe.encode_batch(list(lines))]
+
+    def names(self) -> Sequence[str]:
+        """A piece is written as its number."""
+        return self._names
+
+    def vocabulary(self) -> Sequence[str]:
+        """All numbers."""
+        return self._names
 
     def decode(self, text: str) -> str:
         """Turn numbers into text; anything else, such as <unk>, stays as it is."""
@@ -226,7 +262,7 @@ class _ByteLevel(Subword):
         """Whether the piece with this number begins with a space."""
         if not piece.isdecimal():
             return True
-        return str(self._pieces.get(int(piece), "")).startswith("\u0120")
+        return self._pieces.get(int(piece), "").startswith("\u0120")
 
     def files(self) -> Sequence[Path]:
         """Vocabulary and merges."""
@@ -245,9 +281,11 @@ class Gpt2Config:
 class Gpt2(_ByteLevel):
     """GPT-2's byte-level BPE."""
 
+    name = "gpt2"
+
     def __init__(self, cfg: Gpt2Config) -> None:
         vocab = required_file(cfg.gpt2_encoder_json, "--gpt2-encoder-json")
-        super().__init__("gpt2", cfg, vocab, required_file(cfg.gpt2_vocab_bpe, "--gpt2-vocab-bpe"))
+        super().__init__(cfg, vocab, required_file(cfg.gpt2_vocab_bpe, "--gpt2-vocab-bpe"))
 
 
 @dataclass(frozen=True)
@@ -263,10 +301,12 @@ class HfByteBpeConfig:
 class HfByteBpe(_ByteLevel):
     """Byte-level BPE as Hugging Face's tokenizers store it."""
 
+    name = "hf_byte_bpe"
+
     def __init__(self, cfg: HfByteBpeConfig) -> None:
         vocab = required_file(cfg.bpe_vocab, "--bpe-vocab")
         merges = required_file(cfg.bpe_merges, "--bpe-merges")
-        super().__init__("hf_byte_bpe", cfg, vocab, merges, cfg.bpe_add_prefix_space)
+        super().__init__(cfg, vocab, merges, cfg.bpe_add_prefix_space)
 
 
 @dataclass(frozen=True)
@@ -286,13 +326,23 @@ class Bert(Subword):
     def __init__(self, cfg: BertConfig) -> None:
         super().__init__(cfg)
         self._path = required_file(cfg.bpe_vocab_file, "--bpe-vocab-file")
-        self._pieces = _tokenizers("bert").BertWordPieceTokenizer(
-            str(self._path), lowercase=not cfg.bpe_cased
-        )
+
+    @functools.cached_property
+    def _pieces(self) -> Any:
+        library = tokenizers_library("bert")
+        try:
+            return library.BertWordPieceTokenizer(str(self._path), lowercase=not self.cfg.bpe_cased)
+        except Exception as e:  # the library raises bare Exception for malformed files
+            raise DataError(f"{self._path}: not a vocabulary of BERT's kind: {e}") from None
 
     def encode(self, text: str) -> str:
         """Segment a line."""
-        return " ".join(self._pieces.encode(text, add_special_tokens=False).tokens)
+        return self.encode_lines([text])[0]
+
+    def encode_lines(self, lines: Sequence[str]) -> list[str]:
+        """Segment lines."""
+        found = self._pieces.encode_batch(list(lines), add_special_tokens=False)
+        return [" ".join(line.tokens) for line in found]
 
     def decode(self, text: str) -> str:
         """Join pieces, and punctuation to the word before it."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from sacremoses import MosesDetokenizer, MosesTokenizer
-
 from fairseq_lite.config.flags import flag
 from fairseq_lite.data.text.api import TOKENIZERS, Tokenizer
 from fairseq_lite.errors import MissingDependency
@@ -28,6 +26,9 @@ class Moses(Tokenizer):
 
     def __init__(self, cfg: MosesConfig, source_lang: str = "en", target_lang: str = "en") -> None:
         super().__init__(cfg, source_lang, target_lang)
+        # Its import takes longer than all others of a command that never tokenises.
+        from sacremoses import MosesDetokenizer, MosesTokenizer
+
         self._tokenizer = MosesTokenizer(lang=source_lang)
         self._detokenizer = MosesDetokenizer(lang=target_lang)
 
