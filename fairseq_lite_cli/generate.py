@@ -19,6 +19,7 @@ from fairseq_lite.config.core import Choice, CommonConfig, RunConfig
 from fairseq_lite.config.parse import parse
 from fairseq_lite.config.serial import to_plain
 from fairseq_lite.data.text.api import build_codecs
+from fairseq_lite.data.text.recorded import adopt
 from fairseq_lite.errors import ConfigError
 from fairseq_lite.generation.evaluate import PieceWatch, Texts, add_to
 from fairseq_lite.generation.output import lines
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, translate, score."""
     registries = load_builtins()
     run = parse("flite-generate", sys.argv[1:] if argv is None else argv, registries)
+    run = adopt(run, registries)
     log_to_stderr(run.common)
     logger.info("%s", json.dumps(to_plain(run), ensure_ascii=False))
     torch.manual_seed(run.common.seed)

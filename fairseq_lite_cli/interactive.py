@@ -17,13 +17,14 @@ from fairseq_lite.builtins import load_builtins
 from fairseq_lite.config.core import RunConfig
 from fairseq_lite.config.parse import parse
 from fairseq_lite.config.serial import to_plain
+from fairseq_lite.data.text.recorded import adopt
 from fairseq_lite.errors import ConfigError, DataError
 from fairseq_lite.generation.evaluate import Translated
 from fairseq_lite.generation.lines import generate_for_lines
 from fairseq_lite.generation.output import output_lines
 from fairseq_lite.generation.session import Session, place
 from fairseq_lite.tasks.api import Task, build_task, resolve_max_positions
-from fairseq_lite.training.checkpoint.inference import load_models
+from fairseq_lite.training.checkpoint.inference import load_models, with_segmentation
 from fairseq_lite_cli.entry import run_command
 from fairseq_lite_cli.generate import codecs, log_to_stderr, make_texts
 
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, then sentences, until they end."""
     registries = load_builtins()
     run = parse("flite-interactive", sys.argv[1:] if argv is None else argv, registries)
+    run = adopt(run, registries)
     log_to_stderr(run.common)
     size = check(run)
     start = time.perf_counter()
@@ -47,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         task=task,
         overrides=run.common_eval.model_overrides,
     )
+    run = with_segmentation(run, loaded)
     device = place(loaded.models, run.common, run.generation)
     known: dict[int, str] = {}
     first = 0

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from fairseq_lite.builtins import load_builtins
 from fairseq_lite.config.parse import parse
+from fairseq_lite.data.text.recorded import adopt
 from fairseq_lite.parallel.launch import launch
 from fairseq_lite.training.assembly import check
 from fairseq_lite.training.run import train
@@ -15,7 +16,9 @@ from fairseq_lite_cli.entry import run_command
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, check it, start the processes."""
-    run = parse("flite-train", sys.argv[1:] if argv is None else argv, load_builtins())
+    registries = load_builtins()
+    run = parse("flite-train", sys.argv[1:] if argv is None else argv, registries)
+    run = adopt(run, registries)
     check(run)
     launch(train, run, setup=load_builtins)
 

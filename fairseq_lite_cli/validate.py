@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from fairseq_lite.builtins import load_builtins
 from fairseq_lite.config.parse import parse
+from fairseq_lite.data.text.recorded import adopt
 from fairseq_lite.training.evaluation import evaluate
 from fairseq_lite_cli.entry import run_command
 
@@ -15,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and validate."""
     registries = load_builtins()
     run = parse("flite-validate", sys.argv[1:] if argv is None else argv, registries)
-    evaluate(run, registries)
+    evaluate(adopt(run, registries), registries)
 
 
 if __name__ == "__main__":

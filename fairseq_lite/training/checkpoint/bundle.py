@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fairseq_lite.config.core import Choice, RunConfig
+from fairseq_lite.data.text.recorded import carried
 from fairseq_lite.errors import CheckpointError
 from fairseq_lite.training.checkpoint import parts
 
@@ -28,8 +29,8 @@ class Bundle:
     """The files of a trained model.
 
     Attributes:
-        files: name -> content.
-        fields: `section.field` -> the name of the file that field pointed to.
+        files: name -> content; a name may have a folder before it, `folder/name`.
+        fields: `section.field` -> the name of the file or folder that field pointed to.
     """
 
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
@@ -50,6 +51,7 @@ class Bundle:
         """Put the files into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in self.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data)
 
 
@@ -66,13 +68,15 @@ def collect(run: RunConfig, task_files: Mapping[str, Path]) -> Bundle:
     files: dict[str, bytes] = {name: _read(path) for name, path in task_files.items()}
     fields: dict[str, str] = {}
     for section in _SECTIONS:
-        choice: Choice = getattr(run, section)
-        for field in dataclasses.fields(choice.config):
-            value = getattr(choice.config, field.name)
-            if isinstance(value, str) and value and Path(value).is_file():
-                name = _free_name(Path(value).name, files, _read(Path(value)))
-                files[name] = _read(Path(value))
-                fields[f"{section}.{field.name}"] = name
+        for each in carried(section, getattr(run, section)):
+            found = {name: _read(path) for name, path in each.files.items()}
+            if each.name in found:
+                name = _free_name(each.name, files, found[each.name])
+                found = {name: found[each.name]}
+            else:
+                name = each.name  # a folder, called like its flag
+            files.update(found)
+            fields[f"{section}.{each.field}"] = name
     return Bundle(files, fields)
 
 
@@ -103,20 +107,21 @@ def read(state: Mapping[str, Any], path: str | Path) -> Bundle:
         return Bundle()
     files: dict[str, bytes] = {}
     for name, data in stored.get("files", {}).items():
-        # The names come from a file someone may have sent: none may point outside the folder.
-        if (
-            not isinstance(name, str)
-            or Path(name).name != name
-            or name in (".", "..", "")
-            or "\\" in name
-        ):
+        if not _stays_inside(name):
             raise CheckpointError(f"{path}: holds a file with the name {name!r}: not unpacked")
         try:
             files[name] = zlib.decompress(data.numpy().tobytes())
         except (zlib.error, AttributeError) as e:
             raise CheckpointError(f"{path}: its file {name} is damaged: {e}") from e
-    fields = {str(k): str(v) for k, v in stored.get("fields", {}).items() if v in files}
+    known = {*files, *(name.partition("/")[0] for name in files)}
+    fields = {str(k): str(v) for k, v in stored.get("fields", {}).items() if v in known}
     return Bundle(files, fields)
+
+
+def _stays_inside(name: object) -> bool:
+    """Whether a name leads into the folder: it comes from a file that somebody may have sent."""
+    parts = name.split("/") if isinstance(name, str) else [""]
+    return not any(part in ("", ".", "..") or "\\" in part for part in parts)
 
 
 def unpack(bundle: Bundle) -> tempfile.TemporaryDirectory[str]:

@@ -142,6 +142,17 @@ def _with_files(
     return dataclasses.replace(config, bpe=bpe, tokenizer=tokenizer), folder
 
 
+def with_segmentation(run: RunConfig, loaded: Ensemble) -> RunConfig:
+    """The run with the segmentation that the model carries, where nothing else says one.
+
+    A file of fairseq's own carries none: it only names files of the machine it was trained on.
+    """
+    if run.bpe.name or run.tokenizer.name or loaded.folder is None:
+        return run
+    saved = loaded.configs[0]
+    return dataclasses.replace(run, bpe=saved.bpe, tokenizer=saved.tokenizer)
+
+
 def _task_of(config: SavedConfig, folder: tempfile.TemporaryDirectory[str] | None) -> Task:
     """The task a checkpoint was trained for, its dictionaries from wherever they can be found.
 

@@ -158,6 +158,7 @@ class CheckpointManager:
         store.remove_temporaries(self._folder)
         files = self._files()
         for name, data in files.files.items():
+            (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
             store.save_bytes(self._folder / name, data)
         store.save_text(self._folder / CONFIG_FILE, serial.dump_yaml(self._run))
 
