@@ -1,20 +1,28 @@
 """`--ddp-backend fully_sharded --fsdp-engine torch`: each rank holds a part of every parameter.
 
-torch's `fully_shard` gathers a layer's weights before it runs, frees them afterwards, and scatters
-the sums of its gradients. What a rank keeps of parameters, gradients and optimizer state is one
-part in `world.size`.
+torch's `fully_shard` gathers the weights of a unit (a layer, or what is left of the model) before
+it runs, frees them afterwards, and adds up its gradients over ranks so that each keeps its part.
+What a rank holds of parameters, gradients and optimizer state is one part in `world.size`, and no
+rank holds a whole model at any time: `parallel/building.py` builds it.
+
+Gradients are added up over ranks after every batch, also with --update-freq: waiting for the last
+would keep whole gradients of the whole model in memory, which is what sharding avoids.
+
+A unit must run on every rank or on none: other ranks wait for its weights. Parameters inside a unit
+may be used by some ranks only.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -25,6 +33,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from fairseq_lite.config.core import RunConfig
+from fairseq_lite.errors import ConfigError
 from fairseq_lite.parallel.api import (
     MAIN_PART,
     Backend,
@@ -35,8 +44,10 @@ from fairseq_lite.parallel.api import (
     PartReader,
     StatefulOptimizer,
 )
+from fairseq_lite.parallel.building import Unmade
 from fairseq_lite.parallel.local import local, norm_of, rows_of
 from fairseq_lite.parallel.plan import common_reasons
+from fairseq_lite.parallel.sharding import sharding_reasons
 
 logger = logging.getLogger(__name__)
 
@@ -46,56 +57,126 @@ class TorchSharded(Backend):
 
     @classmethod
     def reasons(cls, run: RunConfig, machine: Machine | None = None) -> list[str]:
-        return common_reasons(run, machine or Machine.here())
+        machine = machine or Machine.here()
+        return common_reasons(run, machine) + sharding_reasons(run, machine)
 
     # -- building -------------------------------------------------------------------------------
 
     def wrap(self, build: Callable[[], M]) -> M:
-        model = build().to(self.world.device)
-        mesh = self._mesh()
-        options: dict[str, Any] = {
-            "mesh": mesh,
-            "mp_policy": self._precision(),
-            "offload_policy": self._offload(),
-        }
-        find = getattr(model, "layers_to_shard", list)
-        for layer in find():
+        self.world.form_group()
+        unmade = Unmade.of(build, self.world)
+        model = unmade.model
+        layers: list[nn.Module] = getattr(model, "layers_to_shard", list)()
+        output = getattr(model, "output_weight", None)
+        keep = self.cfg.no_reshard_after_forward
+        self._freed: set[nn.Module] = set()  # units that are, after their forward pass
+        with _refusing_in_one_line():
+            for layer in layers:
+                # The criterion reads the output projection after the forward pass.
+                holds_output = output is not None and any(p is output for p in layer.parameters())
+                if not (keep or holds_output):
+                    self._freed.add(layer)
+                fully_shard(
+                    layer,
+                    reshard_after_forward=layer in self._freed,
+                    mp_policy=self._precision(self.dtype),
+                    **self._where(),
+                )
+            # The outermost unit stays gathered between forward and backward: the backward pass
+            # begins with it, and most models have their output projection there.
             fully_shard(
-                layer, reshard_after_forward=not self.cfg.no_reshard_after_forward, **options
+                model,
+                reshard_after_forward=False,
+                mp_policy=self._precision(self._outer_dtype()),
+                **self._where(),
             )
-        # The outermost unit stays gathered between forward and backward: the backward pass begins
-        # with it, and the fused loss reads its output projection.
-        fully_shard(model, reshard_after_forward=False, **options)
+        unmade.make("cpu" if self.cfg.cpu_offload else self.world.device)
+        with _refusing_in_one_line():
+            # By itself this happens in the first forward, which may be that of a part of the model.
+            fully_shard.state(model)._lazy_init()  # type: ignore[attr-defined]
+        self._uses = _Uses(model) if self.world.size > 1 else None
+        logger.info(
+            "sharded over %d ranks: %d layers, and what is left of the model",
+            self.world.size,
+            len(layers),
+        )
+        if not layers and self.world.size > 1:
+            logger.info(
+                "no layer by itself, so every step gathers the whole model: lower "
+                "--min-params-to-wrap (a model of your own names its layers in layers_to_shard)"
+            )
         return model
 
-    def _mesh(self) -> DeviceMesh:
-        self.world.form_group()
-        return init_device_mesh(self.world.device.type, (self.world.size,))
+    def _where(self) -> dict[str, Any]:
+        mesh = init_device_mesh(self.world.device.type, (self.world.size,))
+        offload = OffloadPolicy()
+        if self.cfg.cpu_offload:
+            # Memory can be pinned for a GPU only.
+            offload = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda")
+        return {"mesh": mesh, "offload_policy": offload}
 
-    def _precision(self) -> MixedPrecisionPolicy:
-        wide = torch.float32 if self.cfg.fp32_reduce_scatter else None
-        return MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=wide)
+    def _precision(self, dtype: torch.dtype | None) -> MixedPrecisionPolicy:
+        """Weights of a unit are gathered in `dtype`; the parts that ranks hold stay float32."""
+        summed = None
+        if self.world.size > 1:
+            summed = torch.float32 if self.cfg.fp32_reduce_scatter else self.dtype
+        return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=summed)
 
-    def _offload(self) -> OffloadPolicy:
-        if not self.cfg.cpu_offload:
-            return OffloadPolicy()
-        # Memory can be pinned for a GPU only.
-        return CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda")
+    def _outer_dtype(self) -> torch.dtype | None:
+        """What the outermost unit, with the embeddings, is gathered in.
+
+        On a CPU float32, and autocast casts where it pays: torch's kernels there add up an
+        embedding's gradient in the type of its weights, so that in bfloat16 a token that occurs
+        4096 times counts as 256, and refuse float32 states under 16-bit layer norms.
+        """
+        return None if self.world.device.type == "cpu" else self.dtype
 
     # -- a step ---------------------------------------------------------------------------------
 
     def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+        if self._uses is not None:
+            self._uses.begin()
         return nullcontext()
 
     def backward(self, model: nn.Module, loss: Tensor) -> None:
+        if self._uses is not None:
+            self._uses.fill_in()
         torch.autograd.backward(loss)
 
     def reduce_gradients(self, model: nn.Module) -> None:
-        pass  # each backward pass has added its gradients over the ranks, and divided
+        # Each backward pass has added up its gradients over ranks. What is left: a parameter that
+        # was used by nobody has a gradient of zeros, where it should have none.
+        if self._uses is None:
+            return
+        mine = self._uses.taken()
+        used = torch.tensor(mine, dtype=torch.float32, device=self.world.device)
+        self.world.all_reduce(used, "max")
+        if all(mine):  # no need to wait for what a GPU says
+            return
+        for param, count in zip(model.parameters(), used.tolist(), strict=True):
+            if count == 0:
+                param.grad = None
 
     def grad_norm(self, model: nn.Module) -> Tensor:
         grads = (p.grad for p in model.parameters() if p.grad is not None)
-        return self.world.all_reduce(norm_of(grads, self.world.device).square()).sqrt()
+        # In float64, where the square of a float32 does not overflow.
+        square = norm_of(grads, self.world.device).double().square()
+        return self.world.all_reduce(square).sqrt().float()
+
+    # -- outside training -----------------------------------------------------------------------
+
+    @contextmanager
+    def whole(self, model: nn.Module) -> Iterator[None]:
+        """See the base class. Each rank holds the whole model inside, in the units' precision."""
+        try:
+            for unit in units(model):
+                unit.unshard()
+                unit.set_reshard_after_forward(False, recurse=False)
+            yield
+        finally:
+            for unit in units(model):
+                unit.set_reshard_after_forward(unit in self._freed, recurse=False)
+                unit.reshard()
 
     # -- checkpoints ----------------------------------------------------------------------------
 
@@ -107,9 +188,11 @@ class TorchSharded(Backend):
     ) -> Mapping[str, Part]:
         weights = {name: _whole(tensor) for name, tensor in model.state_dict().items()}
         state = None if optimizer is None else _whole_state(model, optimizer.state_dict())
+        if average is not None:
+            average = {name: _whole(tensor) for name, tensor in average.items()}
         if not self.world.is_main:
             return {}
-        return {MAIN_PART: Part(weights, state, manifest={"world_size": self.world.size})}
+        return {MAIN_PART: Part(weights, state, average, {"world_size": self.world.size})}
 
     def load_parts(
         self,
@@ -123,17 +206,107 @@ class TorchSharded(Backend):
         cast("LoadsWeights", model).load_weights(
             {name: _spread(weights[name], own) for name, own in model.state_dict().items()}
         )
+        if average is not None:
+            given = self.world.broadcast_state(None if part is None else part.average)
+            for name, tensor in average.items():
+                tensor.copy_(_spread(given[name], tensor))
         if optimizer is not None:
             state = self.world.broadcast_state(None if part is None else part.optimizer)
             if state is not None:
                 optimizer.load_state_dict(state)
 
 
-def units(model: nn.Module) -> Iterator[FSDPModule]:
+class _Uses:
+    """Which parameters batches make use of, so that all ranks add up the same ones.
+
+    torch adds up the gradients that a unit has; with a parameter that one rank used and another did
+    not, their sums would not fit together. So units fill in zeros.
+
+    Args:
+        model: sharded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._used = [False] * sum(1 for _ in model.parameters())
+        self._hooked: set[nn.Module] = set()
+        self._units = list(units(model))
+        self._ran: set[nn.Module] = set()
+        for unit, places in _own_parameters(model).items():
+            # After torch's own hook, which puts whole parameters in place of the sharded ones.
+            unit.register_forward_pre_hook(partial(self._before_forward, places))
+
+    def begin(self) -> None:
+        """A batch begins."""
+        self._ran.clear()
+
+    def fill_in(self) -> None:
+        """Have units that ran fill in gradients; one that was left out by all ranks has none."""
+        for unit in self._units:
+            if hasattr(unit, "set_reduce_scatter_unused_params"):  # torch 2.13
+                unit.set_reduce_scatter_unused_params(unit in self._ran, recurse=False)
+
+    def taken(self) -> list[bool]:
+        """Whether each parameter was used since the last call, in the order of the model's."""
+        used, self._used = self._used, [False] * len(self._used)
+        return used
+
+    def _before_forward(
+        self, places: list[tuple[int, nn.Module, str]], unit: nn.Module, _: Any
+    ) -> None:
+        self._ran.add(unit)
+        if unit in self._hooked:
+            return
+        self._hooked.add(unit)
+        for number, module, name in places:
+            param = module._parameters[name]
+            if param is not None and param.requires_grad:
+                note = partial(self._note, number)
+                param.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
+
+    def _note(self, number: int, _: Tensor) -> None:
+        self._used[number] = True
+
+
+def _own_parameters(model: nn.Module) -> dict[nn.Module, list[tuple[int, nn.Module, str]]]:
+    """For each unit its parameters: their numbers, and the places where they are found."""
+    numbers = {id(p): i for i, p in enumerate(model.parameters())}
+    found: dict[nn.Module, list[tuple[int, nn.Module, str]]] = {}
+
+    def visit(module: nn.Module, unit: nn.Module) -> None:
+        unit = module if isinstance(module, FSDPModule) else unit
+        for name, param in module._parameters.items():
+            number = None if param is None else numbers.pop(id(param), None)  # shared ones once
+            if number is not None:
+                found.setdefault(unit, []).append((number, module, name))
+        for child in module.children():
+            visit(child, unit)
+
+    visit(model, model)
+    return found
+
+
+def units(model: nn.Module) -> Iterator[Any]:
     """The modules that are gathered and freed as one, the model itself among them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             yield module
+
+
+@contextmanager
+def _refusing_in_one_line() -> Iterator[None]:
+    """Turn torch's complaints about a model into an error for its user.
+
+    Raises:
+        ConfigError: with the first line of what torch says.
+    """
+    try:
+        yield
+    except (ValueError, AssertionError, NotImplementedError) as e:
+        line = (str(e) or type(e).__name__).splitlines()[0]
+        raise ConfigError(
+            f"--ddp-backend fully_sharded cannot split this model: {line}; use --ddp-backend "
+            "legacy_ddp"
+        ) from e
 
 
 def _whole(tensor: Tensor) -> Tensor:

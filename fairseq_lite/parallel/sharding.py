@@ -14,6 +14,7 @@ from fairseq_lite.config.core import RunConfig
 from fairseq_lite.config.flags import flag
 from fairseq_lite.errors import ConfigError
 from fairseq_lite.parallel.api import BACKENDS, Backend, Machine
+from fairseq_lite.parallel.plan import plan
 from fairseq_lite.parallel.world import World
 
 Engine = Literal["torch", "fairscale"]
@@ -22,6 +23,8 @@ _ENGINES: dict[str, tuple[str, str]] = {
     "torch": ("fairseq_lite.parallel.fully_sharded", "TorchSharded"),
     "fairscale": ("fairseq_lite.parallel.fairscale_sharded", "FairscaleSharded"),
 }
+
+_WHOLE_TENSOR_OPTIMIZERS = ("adafactor", "lamb")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,36 @@ class FullySharded:
                 f"--fsdp-engine fairscale: {e}; pip install 'fairseq-lite[fairscale]', or use "
                 "--fsdp-engine torch"
             ) from e
+
+
+def sharding_reasons(run: RunConfig, machine: Machine) -> list[str]:
+    """Why no engine could shard `run` over its ranks: one line each.
+
+    An optimizer sees parts of parameters, so its rule must go element by element.
+    """
+    try:
+        found = plan(run.distributed_training, cpu=run.common.cpu, machine=machine)
+    except ConfigError:
+        return []  # said elsewhere
+    reasons = []
+    if found.cuda and found.backend == "gloo":
+        reasons.append(
+            "--ddp-backend fully_sharded on GPUs needs NCCL: leave out --distributed-backend gloo"
+        )
+    if found.size == 1:
+        return reasons
+    if run.optimizer.name in _WHOLE_TENSOR_OPTIMIZERS:
+        reasons.append(
+            f"--optimizer {run.optimizer.name} looks at whole parameters, and --ddp-backend "
+            f"fully_sharded spreads them over {found.size} ranks: use --optimizer adam, or "
+            "--ddp-backend legacy_ddp"
+        )
+    if getattr(run.optimizer.config, "fp16_adam_stats", False):
+        reasons.append(
+            "--fp16-adam-stats scales whole tensors, and --ddp-backend fully_sharded spreads them "
+            f"over {found.size} ranks: leave it out, or use --ddp-backend legacy_ddp"
+        )
+    return reasons
 
 
 BACKENDS.register("fully_sharded", config=FullyShardedConfig)(FullySharded())
