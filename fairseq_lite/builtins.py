@@ -24,6 +24,7 @@ _REGISTRIES = {
 # The modules whose import registers entries.
 _ENTRIES = (
     "fairseq_lite.tasks.translation",
+    "fairseq_lite.tasks.language_modeling",
     "fairseq_lite.models.transformer",
     "fairseq_lite.models.transformer_lm",
     "fairseq_lite.models.presets",

@@ -6,6 +6,7 @@ overrides `setup`, `load_dataset` and, where its loss is unusual, `train_step`.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 from fairseq_lite.config.core import Choice, RunConfig
 from fairseq_lite.criteria.api import CRITERIA, Criterion
 from fairseq_lite.data.dictionary import Dictionary
+from fairseq_lite.data.folders import part_names
 from fairseq_lite.data.iterators import EpochBatchIterator
 from fairseq_lite.errors import ConfigError, DataError
 from fairseq_lite.models.api import ARCHITECTURES, Model
@@ -119,12 +121,22 @@ class Task(ABC):
         return split in self.datasets
 
     def unused_valid_subsets(self, used: Sequence[str]) -> list[str]:
-        """Further valid splits in the data folder that are not among `used`."""
-        return []
+        """`valid1`, `valid2`, … of the data folder (see `has_split`) that are not among `used`."""
+        numbered = itertools.islice(part_names("valid"), 1, None)
+        found = itertools.takewhile(self.has_split, numbered)
+        return [split for split in found if split not in used]
+
+    def validated_splits(self, subsets: Sequence[str]) -> list[str]:
+        """What validation reports on, all of it loaded, when it was asked for `subsets`."""
+        return list(subsets)
 
     def data_paths(self, epoch: int = 1) -> list[str]:
         """The data folders of the run; several are taken in turn, one an epoch."""
         return []
+
+    def changes_with_epoch(self) -> bool:
+        """Whether an epoch's training data is not the last one's, and is to be loaded anew."""
+        return len(self.data_paths()) > 1
 
     def max_positions(self) -> MaxPositions:
         """The longest source and target this task allows."""

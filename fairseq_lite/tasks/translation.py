@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -226,12 +225,6 @@ class TranslationTask(Task):
     def has_split(self, split: str) -> bool:
         """Whether the first data folder has this split."""
         return self._prefix(Path(data_folders(self.cfg.data)[0]), split) is not None
-
-    def unused_valid_subsets(self, used: Sequence[str]) -> list[str]:
-        """`valid1`, `valid2`, … in the data folder that are not among `used`."""
-        numbered = itertools.islice(part_names("valid"), 1, None)
-        found = itertools.takewhile(self.has_split, numbered)
-        return [split for split in found if split not in used]
 
     # -- translating ----------------------------------------------------------------------------
 

@@ -99,14 +99,43 @@ def task_choice(typed: Choice, saved: SavedConfig) -> Choice:
     return Choice(typed.name, dataclasses.replace(saved.task.config, **changed))
 
 
+# What the weights of a language model were made for. Where blocks end is another matter: that is
+# a question of evaluation.
+_OF_THE_WEIGHTS = ("tokens_per_sample", "output_dictionary_size", "add_bos_token")
+
+
+def as_trained(run: RunConfig, registries: Mapping[str, Registry]) -> RunConfig:
+    """The run with what the model of --path was trained with, where nothing else was typed.
+
+    A language model's vocabulary, longest input and start symbol are not a matter of choice;
+    fairseq expects them to be typed again. Other tasks stay as they are.
+    """
+    paths = inference.split_paths(run.common_eval.path or "")
+    names = {field.name for field in dataclasses.fields(run.task.config)}
+    if not paths or not names.issuperset(_OF_THE_WEIGHTS):
+        return run
+    trained = inference.saved_config(paths[0], registries, run.common_eval.model_overrides).task
+    changed = {
+        field.name: getattr(trained.config, field.name)
+        for field in dataclasses.fields(trained.config)
+        if field.name in _OF_THE_WEIGHTS
+        and getattr(run.task.config, field.name) == default_of(field)
+        and getattr(trained.config, field.name) != default_of(field)
+    }
+    for name, value in changed.items():
+        logger.info("--%s: %s, as in training", name.replace("_", "-"), value)
+    task = dataclasses.replace(run.task, config=dataclasses.replace(run.task.config, **changed))
+    return dataclasses.replace(run, task=task)
+
+
 def _subsets(run: RunConfig, task: Task) -> list[str]:
     if run.dataset.combine_valid_subsets:
         task.load_dataset("valid", combine=True)
-        return ["valid"]
+        return task.validated_splits(["valid"])
     names = [name.strip() for name in run.dataset.valid_subset.split(",") if name.strip()]
     for name in names:
         task.load_dataset(name)
-    return names
+    return task.validated_splits(names)
 
 
 def _validate(

@@ -103,7 +103,7 @@ class TrainingRun:
             return []
         if cfg.combine_valid_subsets:
             self.task.load_dataset("valid", combine=True)
-            return ["valid"]
+            return self.task.validated_splits(["valid"])
         subsets = [name.strip() for name in cfg.valid_subset.split(",") if name.strip()]
         for name in subsets:
             self.task.load_dataset(name)
@@ -114,7 +114,7 @@ class TrainingRun:
                 f"name them (--valid-subset {','.join([*subsets, *unused])}), join them "
                 "(--combine-valid-subsets) or leave them out (--ignore-unused-valid-subsets)"
             )
-        return subsets
+        return self.task.validated_splits(subsets)
 
     # -- the epochs -----------------------------------------------------------------------------
 
@@ -422,7 +422,7 @@ class TrainingRun:
         return data
 
     def _next_epoch(self, data: EpochBatchIterator) -> EpochBatchIterator:
-        if len(self.task.data_paths()) > 1:
+        if self.task.changes_with_epoch():
             return self._train_iterator(data.next_epoch_idx)
         return data
 
