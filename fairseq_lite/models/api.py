@@ -170,6 +170,16 @@ class Model(nn.Module):
         Raises:
             CheckpointError: names or shapes do not fit; the message names the first of them.
         """
+        self.load_state_dict(self.fitting_weights(state))
+
+    def fitting_weights(self, state: Mapping[str, Tensor]) -> StateDict:
+        """`upgrade_state_dict`, and a check that names and shapes are this model's.
+
+        Nothing is copied: a backend whose ranks hold parts of the model takes them from the result.
+
+        Raises:
+            CheckpointError: they are not; the message names the first.
+        """
         state = self.upgrade_state_dict(state)
         own = self.state_dict()
         for what, names in (
@@ -190,7 +200,7 @@ class Model(nn.Module):
                     f" {tuple(tensor.shape)} in the model: the dictionaries or the --*-dim flags"
                     " differ"
                 )
-        self.load_state_dict(state)
+        return state
 
     def retain_dropout(self, modules: tuple[str, ...] | None = None) -> None:
         """Keep dropout on in evaluation mode (`--retain-dropout`).

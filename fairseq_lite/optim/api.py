@@ -18,6 +18,7 @@ from torch import Tensor
 from fairseq_lite.config.core import OptimizationConfig
 from fairseq_lite.errors import CheckpointError, ConfigError
 from fairseq_lite.parallel.local import local, rows_of
+from fairseq_lite.parallel.spans import cut_flat
 from fairseq_lite.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -194,9 +195,8 @@ class Optimizer(ABC):
         numbers = [n for group in groups for n in group["params"]]
         entries: Mapping[int, Mapping[str, Any]] = state["state"]
         if len(numbers) == 1 and len(self.params) > 1:
-            by_param: Sequence[Mapping[str, Any]] = _cut_flat(
-                entries.get(numbers[0], {}), self.params
-            )
+            shapes = [tuple(p.shape) for p in self.params]
+            by_param: Sequence[Mapping[str, Any]] = cut_flat(entries.get(numbers[0], {}), shapes)
         elif len(numbers) == len(self.params):
             by_param = [entries.get(n, {}) for n in numbers]
         else:
@@ -273,27 +273,6 @@ def _clip_factor(norm: float | Tensor, max_norm: float) -> float | Tensor:
     if isinstance(norm, Tensor):
         return (max_norm / (norm + 1e-6)).clamp(max=1.0)  # stays on the device: no wait for it
     return min(1.0, max_norm / (norm + 1e-6))
-
-
-def _cut_flat(entry: Mapping[str, Any], params: list[Tensor]) -> list[dict[str, Any]]:
-    """One flat state tensor for all parameters, as fairseq's fp16 writes it, cut by parameter."""
-    sizes = [p.numel() for p in params]
-    parts: list[dict[str, Any]] = [{} for _ in params]
-    for key, value in entry.items():
-        if isinstance(value, Tensor) and value.dim() > 0:
-            if value.numel() != sum(sizes):
-                raise CheckpointError(
-                    f"the optimizer state {key!r} has {value.numel()} values, the model "
-                    f"{sum(sizes)} parameters: use --reset-optimizer"
-                )
-            for part, p, piece in zip(
-                parts, params, torch.split(value.flatten(), sizes), strict=True
-            ):
-                part[key] = piece.view(p.shape)
-        else:
-            for part in parts:
-                part[key] = value
-    return parts
 
 
 class Schedule(ABC):

@@ -82,10 +82,21 @@ class PartReader(ABC):
 
     @abstractmethod
     def read(self, name: str) -> Part:
-        """One part, its tensors on the CPU.
+        """One part, its tensors on the CPU; those of a shard stay in the file until they are used.
 
         Raises:
             CheckpointError: the part is missing or damaged. Never a fresh start instead.
+        """
+
+    def where(self, name: str) -> str:
+        """What messages call a part, present or not: its file."""
+        return name
+
+    def verify(self, name: str) -> None:  # noqa: B027 - parts in memory cannot be damaged
+        """Read all of a part and compare it with its checksums.
+
+        Raises:
+            CheckpointError: it is damaged.
         """
 
 

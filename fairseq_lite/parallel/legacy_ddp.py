@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fairseq_lite.config.core import RunConfig
 from fairseq_lite.errors import CheckpointError, FliteError
+from fairseq_lite.parallel import pieces
 from fairseq_lite.parallel.api import (
     BACKENDS,
     MAIN_PART,
@@ -29,6 +30,7 @@ from fairseq_lite.parallel.api import (
     StatefulOptimizer,
 )
 from fairseq_lite.parallel.plan import common_reasons
+from fairseq_lite.parallel.spans import parameter_names
 
 # Elements in one buffer, and buffers on their way at a time. Large enough that latency does not
 # count, few enough that a large model's gradients are not held twice.
@@ -94,13 +96,13 @@ class LegacyDDP(Backend):
     def _finish(self, sent: _Sent) -> None:
         sent.wait()
         bucket, flat = sent.bucket, sent.flat
-        pieces = torch.split(flat, [p.numel() for p in bucket] + [len(bucket)])
+        split = torch.split(flat, [p.numel() for p in bucket] + [len(bucket)])
         # Only a rank that lacks a gradient asks whether another had one: the question waits for
         # the GPU.
         used = [1.0] * len(bucket)
         if any(p.grad is None for p in bucket):
-            used = pieces[-1].tolist()
-        for param, piece, count in zip(bucket, pieces, used, strict=False):
+            used = split[-1].tolist()
+        for param, piece, count in zip(bucket, split, used, strict=False):
             # A view of the buffer, not a copy of it.
             param.grad = piece.view_as(param) if count > 0 else None
 
@@ -130,8 +132,10 @@ class LegacyDDP(Backend):
         part, error = None, None
         if self.world.is_main:
             try:
-                part = _read_whole(parts)
+                part = pieces.whole(parts)
                 _load_weights(model, part.model)
+                if optimizer is not None and part.optimizer is not None:
+                    pieces.check_names(part, parameter_names(model, optimizer))
                 if average is not None:
                     _load_average(model, average, part.average or {})
             except FliteError as e:
@@ -155,8 +159,8 @@ class LegacyDDP(Backend):
             return
         for bucket in _buckets(tensors):
             flat = self.world.broadcast(torch.cat([t.flatten() for t in bucket]))
-            pieces = torch.split(flat, [t.numel() for t in bucket])
-            for tensor, piece in zip(bucket, pieces, strict=True):
+            split = torch.split(flat, [t.numel() for t in bucket])
+            for tensor, piece in zip(bucket, split, strict=True):
                 tensor.copy_(piece.view_as(tensor))
 
 
@@ -203,15 +207,6 @@ def _buckets(tensors: Iterable[T]) -> Iterator[list[T]]:
             bucket = open_[key] = []
         bucket.append(tensor)
     yield from open_.values()
-
-
-def _read_whole(parts: PartReader) -> Part:
-    if MAIN_PART not in parts.names():
-        raise CheckpointError(
-            f"this checkpoint has no whole model, only the parts {', '.join(parts.names())}: "
-            "consolidate it first"
-        )
-    return parts.read(MAIN_PART)
 
 
 def _load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -80,6 +81,30 @@ class World(ABC):
         """The objects of all ranks in rank order, on every rank."""
 
     @abstractmethod
+    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+        """The tensors of all ranks, in rank order, on rank 0; None elsewhere.
+
+        Args:
+            tensor: on `device`, of the same shape and type on every rank.
+        """
+
+    @abstractmethod
+    def scatter(self, tensors: Sequence[Tensor] | None, out: Tensor) -> Tensor:
+        """Overwrite `out` with this rank's tensor of those that rank 0 gives, and return it.
+
+        Args:
+            tensors: one for each rank, all like `out`; None except on rank 0.
+            out: on `device`, of the same shape and type on every rank.
+        """
+
+    @abstractmethod
+    def gather_aside(self) -> Callable[[Any], list[Any]]:
+        """A `gather_objects` that another thread may call while this one exchanges other things.
+
+        Called on every rank; each call forms a new group.
+        """
+
+    @abstractmethod
     def max(self, value: float) -> float:
         """The largest of the ranks' values."""
 
@@ -147,6 +172,16 @@ class SingleWorld(World):
 
     def gather_objects(self, obj: Any) -> list[Any]:
         return [obj]
+
+    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+        return [tensor]
+
+    def scatter(self, tensors: Sequence[Tensor] | None, out: Tensor) -> Tensor:
+        assert tensors is not None
+        return out.copy_(tensors[0])
+
+    def gather_aside(self) -> Callable[[Any], list[Any]]:
+        return self.gather_objects
 
     def max(self, value: float) -> float:
         return float(value)
@@ -230,9 +265,20 @@ class ProcessWorld(World):
         return box[0]
 
     def gather_objects(self, obj: Any) -> list[Any]:
-        box: list[Any] = [None] * self.size
-        dist.all_gather_object(box, obj)
+        return _gather_objects(self.size, None, obj)
+
+    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+        box = [torch.empty_like(tensor) for _ in range(self.size)] if self.is_main else None
+        dist.gather(tensor, box)
         return box
+
+    def scatter(self, tensors: Sequence[Tensor] | None, out: Tensor) -> Tensor:
+        dist.scatter(out, None if tensors is None else list(tensors))
+        return out
+
+    def gather_aside(self) -> Callable[[Any], list[Any]]:
+        # gloo even beside NCCL: objects are exchanged on the CPU, and no stream waits for them.
+        return partial(_gather_objects, self.size, dist.new_group(backend="gloo"))
 
     def max(self, value: float) -> float:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -248,6 +294,12 @@ class ProcessWorld(World):
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _gather_objects(size: int, group: dist.ProcessGroup | None, obj: Any) -> list[Any]:
+    box: list[Any] = [None] * size
+    dist.all_gather_object(box, obj, group=group)
+    return box
 
 
 def _nothing() -> None:

@@ -1,0 +1,72 @@
+"""Tensors that lie in several files, found but not yet read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor
+
+from fairseq_lite.errors import CheckpointError
+from fairseq_lite.parallel.spans import Span
+
+Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
+
+
+@dataclass
+class Stored:
+    """A tensor that lies in several shards.
+
+    Attributes:
+        shape: of the whole.
+        dtype: of its numbers.
+        spans: where it is; once they are in order, without gaps or overlaps.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    spans: list[Span] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        """How many numbers the whole tensor has."""
+        return prod(self.shape)
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """Equal for two names of one shared tensor only."""
+        places = ((span.values.data_ptr(), span.values.numel()) for span in self.spans)
+        return (self.shape, self.dtype, *places)
+
+    def put_in_order(self, where: str) -> None:
+        """Keep the spans that make up the tensor, each number once.
+
+        Raises:
+            CheckpointError: some numbers are in no shard.
+        """
+        kept: list[Span] = []
+        reached, total = 0, self.total
+        for span in sorted(self.spans, key=lambda s: (s.start, -s.values.numel())):
+            if span.start + span.values.numel() <= reached:
+                continue  # empty, or a copy: what is not spread over ranks is in every shard
+            if span.start != reached:
+                break
+            kept.append(span)
+            reached += span.values.numel()
+        if reached != total:
+            raise CheckpointError(
+                f"{where}: {total - reached} of its {total} numbers are in no shard"
+            )
+        self.spans = kept or self.spans[:1]
+
+    def read(self, allocate: Allocate) -> Tensor:
+        """The whole tensor; the stored one itself where a single shard has all of it."""
+        if len(self.spans) == 1:
+            return self.spans[0].in_shape()
+        whole = allocate(self.shape, self.dtype)
+        flat = whole.view(-1)
+        for span in self.spans:
+            flat[span.start : span.start + span.values.numel()] = span.values
+        return whole
