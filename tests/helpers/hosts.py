@@ -115,7 +115,7 @@ class Processes:
     def start(
         self, words: Sequence[object], *, host: Host | None = None, **environ: str
     ) -> subprocess.Popen[bytes]:
-        """Start a command on a host, one thread a process, without a launcher's variables."""
+        """Start a command on a host, one thread a process unless `environ` says otherwise."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "GLOO"))}
         clean |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", _MARK: self._mark}
         enter = () if host is None else host.enter
