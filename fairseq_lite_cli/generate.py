@@ -74,7 +74,7 @@ def generate(
     """Translate the split, print every sentence, score what has references."""
     dataset = task.dataset(run.dataset.gen_subset)
     batches, skipped = plan(run, dataset, limits)
-    watch = PieceWatch()
+    watch = piece_watch(session.texts, scorer)
     for batch in tqdm(batches, unit="batch", disable=not progress_wanted(run.common)):
         for one in session.translate(dataset.collate(batch)):
             add_to(scorer, one, session.texts, watch)
@@ -94,6 +94,17 @@ def generate(
             logger.info("signature: %s", scorer.signature)
         subset, beam = run.dataset.gen_subset, run.generation.beam
         print(f"Generate {subset} with beam={beam}: {scorer.result_string()}", file=out)
+
+
+def piece_watch(texts: Texts, scorer: Scorer) -> PieceWatch | None:
+    """Who looks out for pieces in what is scored; None where that is known beforehand."""
+    if scorer.detokenised or texts.post_process is not None or not texts.decode_symbols:
+        return PieceWatch()
+    logger.warning(
+        "BLEU is computed on the pieces of --bpe, not on words, and cannot be compared: type "
+        "--scoring sacrebleu"
+    )
+    return None
 
 
 def plan(run: RunConfig, dataset: Any, limits: Any) -> tuple[list[Any], list[int]]:
@@ -133,6 +144,7 @@ def make_texts(run: RunConfig, task: Task) -> Texts:
         task.source_dictionary,
         run.common_eval.post_process,
         codecs(run, task)[1],
+        decode_symbols=run.bpe.name is not None,
     )
 
 

@@ -61,34 +61,38 @@ class Texts:
         src_dict: the source dictionary, where sources are printed.
         post_process: how subwords are joined; see `data.text.postprocess`.
         decode: undoes the remaining segmentation: `--bpe`'s decoder, then `--tokenizer`'s.
+        decode_symbols: whether `decode` begins with a `--bpe`, which joins symbols by itself: it
+            gets them as they are, not what `post_process` made of them.
     """
 
     tgt_dict: Dictionary
     src_dict: Dictionary | None = None
     post_process: str | None = None
     decode: Callable[[str], str] = _same
+    decode_symbols: bool = False
 
     def source(self, tokens: Tensor) -> str:
-        """The line a source came from."""
+        """The line a source came from, as symbols."""
         assert self.src_dict is not None
-        line = self.src_dict.string(_unpadded(tokens, self.src_dict.pad()))
-        return post_process(line, self.post_process)
+        return self.src_dict.string(_unpadded(tokens, self.src_dict.pad()))
 
     def reference(self, tokens: Tensor, ignored: set[int] | None = None) -> str:
-        """A reference; its unknown words are written `<<unk>>`, which no output contains."""
+        """A reference, as symbols; an unknown one is written `<<unk>>`, as in no output."""
         ids = _unpadded(tokens, self.tgt_dict.pad())
-        return self.tgt_dict.string(
-            ids, self.post_process, escape_unk=True, extra_symbols_to_ignore=ignored
-        )
+        return self.tgt_dict.string(ids, escape_unk=True, extra_symbols_to_ignore=ignored)
 
     def pieces(self, tokens: Tensor, ignored: set[int] | None = None) -> list[str]:
         """The symbols of an output, before anything is joined."""
         line = self.tgt_dict.string(tokens.tolist(), extra_symbols_to_ignore=ignored)
         return line.split(" ") if line else []
 
-    def joined(self, pieces: Sequence[str]) -> str:
+    def joined(self, symbols: str) -> str:
         """Symbols as a line of words."""
-        return post_process(" ".join(pieces), self.post_process)
+        return post_process(symbols, self.post_process)
+
+    def detokenised(self, symbols: str) -> str:
+        """Symbols as text."""
+        return self.decode(symbols if self.decode_symbols else self.joined(symbols))
 
 
 def _unpadded(tokens: Tensor, pad: int) -> list[int]:
@@ -122,15 +126,19 @@ class Translated:
 
     Attributes:
         id: its number in the split, from 0.
-        source: the S line, where there is a source dictionary.
-        reference: the T line, where there is a reference.
+        source: words of the source, where there is a source dictionary.
+        reference: words of the reference, where there is one.
         outputs: at most --nbest.
+        source_text: the source detokenised: the S line.
+        reference_text: the reference detokenised: the T line.
     """
 
     id: int
     source: str | None
     reference: str | None
     outputs: list[Output] = field(default_factory=list)
+    source_text: str | None = None
+    reference_text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -193,10 +201,14 @@ def render(
         targets = targets.cpu()
     translated = []
     for i, number in enumerate(sample["id"].tolist()):
+        source = None if texts.src_dict is None else texts.source(sources[i])
+        reference = None if targets is None else texts.reference(targets[i], ignored)
         one = Translated(
             id=number,
-            source=None if texts.src_dict is None else texts.source(sources[i]),
-            reference=None if targets is None else texts.reference(targets[i], ignored),
+            source=None if source is None else texts.joined(source),
+            reference=None if reference is None else texts.joined(reference),
+            source_text=None if source is None else texts.detokenised(source),
+            reference_text=None if reference is None else texts.detokenised(reference),
         )
         for hypothesis in results[i][:nbest]:
             one.outputs.append(_output(hypothesis, sources[i], number, texts, ignored, options))
@@ -234,11 +246,11 @@ def _output(
         elif options.print_alignment == "soft":
             rows = alignment.soft(attention, source, hypothesis.tokens, pad=pad)
             printed = " ".join(",".join(f"{p:.6f}" for p in row) for row in rows)
-    text = texts.joined(pieces)
+    symbols = " ".join(pieces)
     positional = (hypothesis.positional_scores.numpy() / np.float32(math.log(2))).tolist()
     return Output(
-        text=text,
-        detokenised=texts.decode(text),
+        text=texts.joined(symbols),
+        detokenised=texts.detokenised(symbols),
         score=base2(hypothesis.score),
         positional_scores=positional,
         alignment=printed,
@@ -246,12 +258,12 @@ def _output(
     )
 
 
-def pair_to_score(one: Translated, texts: Texts, detokenised: bool) -> tuple[str, str]:
+def pair_to_score(one: Translated, detokenised: bool) -> tuple[str, str]:
     """(reference, hypothesis) of a sentence as a scorer takes them; the best output counts."""
-    assert one.reference is not None
+    assert one.reference is not None and one.reference_text is not None
     best = one.outputs[0] if one.outputs else None
     if detokenised:
-        return texts.decode(one.reference), best.detokenised if best else ""
+        return one.reference_text, best.detokenised if best else ""
     return one.reference, best.text if best else ""
 
 
@@ -267,7 +279,7 @@ def hypotheses_and_references(
     results = generator.generate(sample, prefix_of(sample, prefix_size))
     ignored = generator.ignored_symbols
     sentences = render(results, sample, texts, ignored=ignored)
-    pairs = [pair_to_score(one, texts, detokenised) for one in sentences]
+    pairs = [pair_to_score(one, detokenised) for one in sentences]
     return [hypothesis for _, hypothesis in pairs], [reference for reference, _ in pairs]
 
 
@@ -296,10 +308,15 @@ class PieceWatch:
 
 
 def add_to(scorer: Scorer, one: Translated, texts: Texts, watch: PieceWatch | None = None) -> None:
-    """Give a sentence to a scorer; without a reference nothing happens."""
+    """Give a sentence to a scorer; without a reference nothing happens.
+
+    A scorer of tokens gets the symbols of the dictionary, or with --post-process the words of the
+    detokenised text, as in fairseq.
+    """
     if one.reference is None:
         return
-    reference, hypothesis = pair_to_score(one, texts, scorer.detokenised)
+    detokenised = scorer.detokenised or texts.post_process is not None
+    reference, hypothesis = pair_to_score(one, detokenised)
     if watch is not None:
         watch.look(reference, hypothesis)
     scorer.add(reference, hypothesis)

@@ -9,10 +9,10 @@ from fairseq_lite.generation.evaluate import Output, Translated
 
 def source_lines(one: Translated) -> Iterator[str]:
     """The S and T lines."""
-    if one.source is not None:
-        yield f"S-{one.id}\t{one.source}"
-    if one.reference is not None:
-        yield f"T-{one.id}\t{one.reference}"
+    if one.source_text is not None:
+        yield f"S-{one.id}\t{one.source_text}"
+    if one.reference_text is not None:
+        yield f"T-{one.id}\t{one.reference_text}"
 
 
 def output_lines(number: int, output: Output) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fairseq_lite.config.core import GenerationConfig, RunConfig
+from fairseq_lite.config.core import Choice, GenerationConfig, RunConfig
 from fairseq_lite.config.flags import flag
 from fairseq_lite.config.serial import section_from_plain
 from fairseq_lite.criteria.api import Criterion
@@ -27,7 +27,7 @@ from fairseq_lite.data.indexed import (
 )
 from fairseq_lite.data.iterators import EpochBatchIterator
 from fairseq_lite.data.pairs import PairDataset
-from fairseq_lite.data.text.api import TOKENIZERS
+from fairseq_lite.data.text.api import TOKENIZERS, TextCodec, build_codecs
 from fairseq_lite.errors import ConfigError, DataError
 from fairseq_lite.generation.evaluate import PieceWatch, Texts, hypotheses_and_references
 from fairseq_lite.generation.generator import SequenceGenerator
@@ -293,11 +293,7 @@ class BleuInValidation:
             cfg.source_lang or "en",
             cfg.target_lang or "en",
         )
-        self._texts = Texts(
-            task.target_dictionary,
-            post_process=cfg.eval_bleu_remove_bpe,
-            decode=detokenizer.decode,
-        )
+        self._texts = _texts(task, detokenizer)
         self._tokenize = "none" if cfg.eval_tokenized_bleu else "13a"
         self._watch = PieceWatch("add --eval-bleu-remove-bpe")
         self._generator: SequenceGenerator | ReferenceScorer | None = None
@@ -317,6 +313,24 @@ class BleuInValidation:
             logger.info("example hypothesis: %s", hypotheses[0])
             logger.info("example reference: %s", references[0])
         return bleu_sums(hypotheses, references, tokenize=self._tokenize)
+
+
+def _texts(task: TranslationTask, detokenizer: TextCodec) -> Texts:
+    """How validation's ids become text: as in flite-generate, where no flag says otherwise."""
+    cfg, run = task.cfg, task.run
+    joined = cfg.eval_bleu_remove_bpe is not None
+    _, decode = build_codecs(
+        run.tokenizer if cfg.eval_bleu_detok == "space" else Choice(),
+        Choice() if joined else run.bpe,
+        cfg.source_lang,
+        cfg.target_lang,
+    )
+    return Texts(
+        task.target_dictionary,
+        post_process=cfg.eval_bleu_remove_bpe,
+        decode=lambda text: detokenizer.decode(decode(text)),
+        decode_symbols=run.bpe.name is not None and not joined,
+    )
 
 
 def infer_languages(cfg: TranslationConfig, folder: Path) -> TranslationConfig:

@@ -48,8 +48,8 @@ def test_lines_as_fairseq_prints_them():
     [one] = render(found, sample, texts, ignored={EOS})
     score = base2(-1.75 / 3)
     assert list(lines(one)) == [
-        "S-7\tthe cat sat",
-        "T-7\ta <<unk>> mat",
+        "S-7\tTHE CAT SAT",
+        "T-7\tA <<UNK>> MAT",
         f"H-7\t{score}\ta dog",
         f"D-7\t{score}\tA DOG",
         "P-7\t-0.7213 -1.4427 -0.3607",
