@@ -25,6 +25,7 @@ _REGISTRIES = {
 _ENTRIES = (
     "fairseq_lite.tasks.translation",
     "fairseq_lite.tasks.language_modeling",
+    "fairseq_lite.tasks.multilingual_language_modeling",
     "fairseq_lite.models.transformer",
     "fairseq_lite.models.transformer_lm",
     "fairseq_lite.models.presets",

@@ -270,12 +270,9 @@ COMING: dict[str, str] = {
     "--checkpoint-shard-count": "it comes with sharded checkpoints; leave it out",
     "--checkpoint-suffix": "it comes with sharded checkpoints; name the file in --path",
     "--constraints": "constrained search comes later; use --prefix-size for a forced beginning",
-    "--eos": "the special symbols have fairseq's fixed ids; leave it out",
     "--lm-path": "fusion with a language model comes with language models",
     "--lm-weight": "fusion with a language model comes with language models",
     "--load-alignments": "training on alignments comes later; leave it out",
-    "--pad": "the special symbols have fairseq's fixed ids; leave it out",
-    "--unk": "the special symbols have fairseq's fixed ids; leave it out",
     "--distributed-backend": _ONE_PROCESS,
     "--distributed-init-method": _ONE_PROCESS,
     "--distributed-no-spawn": _ONE_PROCESS,
@@ -290,6 +287,9 @@ _SHARDING = frozenset(
     "--cpu-offload --fp32-reduce-scatter --no-reshard-after-forward --use-sharded-state".split()
 )
 
+# The special ids of fairseq's BLEU, which these commands of its can be told and never compute.
+_SCORED_IDS = frozenset({"--eos", "--pad", "--unk"})
+
 # Flags fairseq's command takes and never reads: accepted there with a warning.
 IDLE: dict[str, frozenset[str]] = {
     "preprocess": frozenset(
@@ -301,7 +301,8 @@ IDLE: dict[str, frozenset[str]] = {
         """
         --sacrebleu-char-level --sacrebleu-lowercase --sacrebleu-tokenizer --scoring
         """.split()
-    ),
+    )
+    | _SCORED_IDS,
     "generate": frozenset(
         """
         --best-checkpoint-metric --continue-once --criterion --ddp-backend
@@ -322,9 +323,10 @@ IDLE: dict[str, frozenset[str]] = {
         --lr-shrink --optimizer --scoring --wandb-project --warmup-updates
         """.split()
     )
+    | _SCORED_IDS
     | _SHARDING,
 }
-IDLE["interactive"] = IDLE["generate"] | {"--scoring"}
+IDLE["interactive"] = IDLE["generate"] | {"--scoring"} | _SCORED_IDS
 IDLE["eval_lm"] = IDLE["validate"]
 
 # name[,alias…] kind command…

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from fairseq_lite.data.block_batches import SortedBlocks
 from fairseq_lite.data.indexed import Ids, ranges
 from fairseq_lite.data.monolingual import BlockDataset, Examples
 
@@ -65,12 +66,19 @@ class LanguageMixture(BlockDataset):
     Args:
         parts: one dataset a language, laid out alike.
         chosen: which blocks of each part to take, in which order; None: all of all parts.
+        epoch: the epoch they were chosen for.
     """
 
-    def __init__(self, parts: Sequence[BlockDataset], chosen: Sequence[Ids] | None = None) -> None:
+    def __init__(
+        self,
+        parts: Sequence[BlockDataset],
+        chosen: Sequence[Ids] | None = None,
+        epoch: int = 1,
+    ) -> None:
         super().__init__(parts[0].layout, parts[0].extra)
         self.parts = list(parts)
         self._chosen = chosen
+        self._epoch = epoch
         lengths = [len(part) for part in parts] if chosen is None else [len(c) for c in chosen]
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
@@ -80,6 +88,10 @@ class LanguageMixture(BlockDataset):
     def set_epoch(self, epoch: int) -> None:
         for part in self.parts:
             part.set_epoch(epoch)
+
+    def ordered(self, seed: int) -> SortedBlocks:
+        """As in the base class; another order in each epoch, as there are other blocks."""
+        return super().ordered(seed + self._epoch)
 
     def sizes_of(self, which: slice | Ids) -> Ids:
         indices = np.arange(*which.indices(len(self))) if isinstance(which, slice) else which
