@@ -1,4 +1,4 @@
-"""flite-generate: translate a split of a data folder and score it."""
+"""flite-generate: translate a split of a data folder, or go on from its beginnings; score it."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from fairseq_lite.scoring import SCORERS, Scorer
 from fairseq_lite.scoring.standard import SacrebleuConfig
 from fairseq_lite.tasks.api import Task, build_task, resolve_max_positions
 from fairseq_lite.training.checkpoint.inference import load_models
+from fairseq_lite.training.evaluation import as_trained
 from fairseq_lite_cli.entry import run_command
 
 logger = logging.getLogger("fairseq_lite_cli.generate")
@@ -37,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, translate, score."""
     registries = load_builtins()
     run = parse("flite-generate", sys.argv[1:] if argv is None else argv, registries)
-    run = adopt(run, registries)
     log_to_stderr(run.common)
+    run = as_trained(adopt(run, registries), registries)
     logger.info("%s", json.dumps(to_plain(run), ensure_ascii=False))
     torch.manual_seed(run.common.seed)
     np.random.seed(run.common.seed)

@@ -25,6 +25,7 @@ from fairseq_lite.generation.output import output_lines
 from fairseq_lite.generation.session import Session, place
 from fairseq_lite.tasks.api import Task, build_task, resolve_max_positions
 from fairseq_lite.training.checkpoint.inference import load_models, with_segmentation
+from fairseq_lite.training.evaluation import as_trained
 from fairseq_lite_cli.entry import run_command
 from fairseq_lite_cli.generate import codecs, log_to_stderr, make_texts
 
@@ -35,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, then sentences, until they end."""
     registries = load_builtins()
     run = parse("flite-interactive", sys.argv[1:] if argv is None else argv, registries)
-    run = adopt(run, registries)
     log_to_stderr(run.common)
+    run = as_trained(adopt(run, registries), registries)
     size = check(run)
     start = time.perf_counter()
     logger.info("%s", json.dumps(to_plain(run), ensure_ascii=False))

@@ -81,8 +81,10 @@ class ContinuationGenerator(SequenceGenerator):
             For each sentence its hypotheses, best first; the prefix is part of their tokens and
             scores. A prefix that holds the end symbol is its sentence's only hypothesis.
         """
-        source = sample["net_input"]["src_tokens"]
-        given = self._without_start(source) if prefix_tokens is None else prefix_tokens
+        ids = sample["id"]
+        # Rows beyond the examples only fill a batch up (--pad-to-fixed-bsz).
+        source = sample["net_input"]["src_tokens"][: len(ids)]
+        given = self._without_start(source) if prefix_tokens is None else prefix_tokens[: len(ids)]
         longest = self._longest(source)
         tokens, lengths, ended = self._cut(given, longest)
         targets = tokens.masked_fill(tokens >= self.vocabulary, self.unk)
@@ -106,7 +108,6 @@ class ContinuationGenerator(SequenceGenerator):
             if len(going) < len(ended):
                 begun.decoder.keep(going)
                 prefixes = prefixes.of(going)
-            ids = sample.get("id", torch.arange(len(source)))
             self.strategy.begin(ids[going.to(ids.device)].tolist())
             lengths = source.ne(self.pad).sum(dim=1)[going]
             search = Search(

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fairseq_lite.config.core import RunConfig
+import numpy as np
+import numpy.typing as npt
+
+from fairseq_lite.config.core import GenerationConfig, RunConfig
 from fairseq_lite.config.flags import flag
 from fairseq_lite.data.blocks import BreakMode, TokenBlocks
 from fairseq_lite.data.dictionary import Dictionary
 from fairseq_lite.data.folders import data_folders, part_names
 from fairseq_lite.data.indexed import ConcatDataset, TokenDataset, dataset_exists, open_dataset
 from fairseq_lite.data.monolingual import Layout, MonolingualDataset
+from fairseq_lite.data.prompts import PromptDataset, without_end
 from fairseq_lite.data.shorten import ShortenMethod, shorten
 from fairseq_lite.errors import ConfigError, DataError
+from fairseq_lite.generation.continuation import ContinuationGenerator
+from fairseq_lite.generation.reference import ReferenceScorer
+from fairseq_lite.models.api import Model
 from fairseq_lite.tasks.api import TASKS, Task
 
 logger = logging.getLogger(__name__)
@@ -204,6 +211,24 @@ class LanguageModelingTask(Task):
             rows=rows or 0 if cfg.pad_to_fixed_bsz else 0,
             multiple=dataset.required_seq_len_multiple,
         )
+
+    # -- going on from text ---------------------------------------------------------------------
+
+    def build_generator(
+        self, models: Sequence[Model], generation: GenerationConfig
+    ) -> ContinuationGenerator | ReferenceScorer:
+        """What goes on from prefixes; with --score-reference, what scores whole texts."""
+        if generation.score_reference:
+            return ReferenceScorer(models, self._target)
+        return ContinuationGenerator(
+            models, self._target, generation, start=self.first_token, seed=self.run.common.seed
+        )
+
+    def build_dataset_for_inference(self, lines: Sequence[npt.NDArray[np.int64]]) -> PromptDataset:
+        """Lines as prefixes, behind the symbol that every text begins with."""
+        pad = self._source.pad()
+        prompts = without_end(lines, self._source.eos())
+        return PromptDataset(prompts, start=self.first_token, end=pad, pad=pad)
 
     def has_split(self, split: str) -> bool:
         """Whether the first data folder has this split."""

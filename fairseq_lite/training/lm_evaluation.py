@@ -40,7 +40,8 @@ from fairseq_lite.tasks.api import Task, build_task, to_device
 from fairseq_lite.training.checkpoint import inference
 from fairseq_lite.training.evaluation import as_trained
 
-logger = logging.getLogger(__name__)
+# The command's name, as fairseq's lines have its command's: results are found by it.
+logger = logging.getLogger("fairseq_lite_cli.eval_lm")
 
 # fairseq's limit where a command line sets none.
 DEFAULT_MAX_TOKENS = 36000
