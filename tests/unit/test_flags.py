@@ -29,11 +29,15 @@ def _rows() -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    "command", ["preprocess", "train:translation", "generate", "interactive", "validate"]
+    "command",
+    [
+        *("preprocess", "generate", "interactive", "validate", "eval_lm"),
+        *("train:translation", "train:lm", "train:multilingual_lm"),
+    ],
 )
 def test_every_flag_of_fairseqs_works_or_is_refused_by_name(command):
     """`works`: owned by the command, or by an entry, or refused as coming, or idle in fairseq."""
-    name = f"flite-{command.split(':')[0]}"
+    name = f"flite-{command.split(':')[0].replace('_', '-')}"
     owned = owned_flags(name, load_builtins())
     silent = []
     for row in _rows():
