@@ -140,6 +140,9 @@ class Backend(ABC):
             weights travel in it too; None: float32.
     """
 
+    #: Whether each rank writes a file of its own: `save_parts` gives one on every rank.
+    writes_shards: bool = False
+
     def __init__(self, cfg: Any, world: World, *, dtype: torch.dtype | None = None) -> None:
         self.cfg = cfg
         self.world = world

@@ -31,7 +31,7 @@ KILLER = textwrap.dedent(
         os.kill(os.getpid(), signal.SIGKILL)
 
     saves = 0
-    save, write, step = store.save, store._Recorder.write, trainer.Trainer.train_step
+    save, write, step = store.save_temporary, store._Recorder.write, trainer.Trainer.train_step
 
     def counting_save(*args):
         global saves
@@ -52,7 +52,7 @@ KILLER = textwrap.dedent(
         return result
 
     if kind == "save":
-        store.save, store._Recorder.write = counting_save, dying_write
+        store.save_temporary, store._Recorder.write = counting_save, dying_write
     if kind == "update":
         trainer.Trainer.train_step = dying_step
     main(argv)

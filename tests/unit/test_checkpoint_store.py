@@ -185,7 +185,9 @@ def test_a_failing_write_leaves_the_previous_file_and_no_trace(whole, monkeypatc
 
 def test_copies_are_byte_identical_and_separate(whole):
     copy = whole.with_name("copy.pt")
-    store.copy(whole, copy)
+    store.copy_temporary(whole, copy)
+    assert not copy.exists()
+    store.commit(copy)
     assert copy.read_bytes() == whole.read_bytes()
     copy.write_bytes(b"changed in place")
     assert store.load(whole)["extra_state"] == {"x": 1}

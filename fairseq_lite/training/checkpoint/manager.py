@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -25,7 +27,9 @@ from fairseq_lite.config.core import Choice, RunConfig
 from fairseq_lite.criteria.api import Criterion
 from fairseq_lite.errors import CheckpointError, ConfigError, FliteError
 from fairseq_lite.optim.api import Optimizer, Schedule
-from fairseq_lite.parallel.api import Backend, Part
+from fairseq_lite.parallel.agreement import on_main, together
+from fairseq_lite.parallel.api import MAIN_PART, Backend, Part
+from fairseq_lite.parallel.pieces import shard_name
 from fairseq_lite.parallel.world import World
 from fairseq_lite.tasks.api import Task
 from fairseq_lite.training.checkpoint import bundle, convert, naming, parts, store
@@ -36,6 +40,8 @@ CONFIG_FILE = "config.yaml"
 _FORMAT = 1
 
 T = TypeVar("T")
+
+Gather = Callable[[Any], list[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +117,23 @@ class Restored:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Job:
+    """A save under way.
+
+    Attributes:
+        names: the checkpoint's names; each gets the same content.
+        moment: where training was.
+        states: the content of this rank's files, by part.
+        sharded: whether every rank writes.
+    """
+
+    names: list[str]
+    moment: naming.Moment
+    states: Mapping[str, dict[str, Any]]
+    sharded: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class _Resets:
     optimizer: bool
     schedule: bool
@@ -140,6 +163,10 @@ class CheckpointManager:
         self._bundle: bundle.Bundle | None = None
         self._writer: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
+        self._gather_aside: Gather = world.gather_objects
+        # What tells the shards of one save from those of another.
+        self._run_id: str = world.broadcast_object(secrets.token_hex(4))
+        self._saves = 0
 
     # -- before training ------------------------------------------------------------------------
 
@@ -152,10 +179,12 @@ class CheckpointManager:
         self._together(self._prepare)
 
     def _prepare(self) -> None:
-        if self._cfg.no_save or not self._world.is_main:
+        if self._cfg.no_save or not (self._world.is_main or self._backend.writes_shards):
             return
         store.check_writable(self._folder)
-        store.remove_temporaries(self._folder)
+        if not self._world.is_main:
+            return
+        parts.finish_renaming(self._folder)
         files = self._files()
         for name, data in files.files.items():
             (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +210,8 @@ class CheckpointManager:
         """
         # Rank 0's view of the folder decides for all.
         existing = os.listdir(self._folder) if self._is_main_with_folder() else []
-        names = naming.names_to_write(self._cfg, saving.moment, existing)
+        names = naming.names_to_write(self._cfg, saving.moment, parts.whole_names(existing))
+        self._saves += 1
         names = self._world.broadcast_object(names)
         return self._save_as(names, saving)
 
@@ -192,8 +222,12 @@ class CheckpointManager:
         # No waiting for other ranks: one that ran out of memory is alone here. And no error either:
         # it would take the place of the one that stops the run.
         try:
+            self._finish_pending()
             own = self._backend.crash_parts(saving.model, saving.optimizer, saving.average)
-            self._write([naming.CRASH], saving, own)
+            states = self._states(saving, own, f"{self._run_id}-crash-{saving.updates}")
+            for name, state in states.items():
+                path = parts.part_path(self._folder / naming.CRASH, name)
+                store.save(path, _sealed(name, state, path))
         except FliteError as e:
             logger.warning("%s could not be written: %s", naming.CRASH, e)
             return None
@@ -207,47 +241,88 @@ class CheckpointManager:
             return None
         optimizer = None if self._cfg.no_save_optimizer_state else saving.optimizer
         own = self._backend.save_parts(saving.model, optimizer, saving.average)
-        self._together(lambda: self._write(names, saving, own))
-        return self._folder / names[0]
-
-    def _write(self, names: list[str], saving: Saving, own: Mapping[str, Part]) -> None:
-        self._finish_pending()
-        header = self._header(saving)
-        states = {name: _with_part(header, part, saving.loss_scale) for name, part in own.items()}
+        save = f"{self._run_id}-{self._saves}"
+        states = self._together(lambda: self._ready(saving, own, save))
+        job = _Job(names, saving.moment, states, own.keys() - {MAIN_PART} != set())
         if not self._cfg.write_checkpoints_asynchronously:
-            self._write_now(names, saving.moment, states)
-            return
-        # Training changes the tensors in place while the thread writes: it gets a copy.
-        copies = store.snapshot(states)
+            self._write(job, self._world.gather_objects)
+            return self._folder / names[0]
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending = self._writer.submit(self._write_now, names, saving.moment, copies)
+            self._gather_aside = self._world.gather_aside()
+        self._pending = self._writer.submit(self._write, job, self._gather_aside)
+        return self._folder / names[0]
 
-    def _write_now(
-        self, names: list[str], moment: naming.Moment, states: Mapping[str, dict[str, Any]]
-    ) -> None:
+    def _ready(self, saving: Saving, own: Mapping[str, Part], save: str) -> dict[str, Any]:
+        """The content of this rank's files, once an earlier save is done."""
+        self._finish_pending()
+        states = self._states(saving, own, save)
+        if self._cfg.write_checkpoints_asynchronously:
+            # Training changes the tensors in place while the thread writes: it gets a copy.
+            states = store.snapshot(states)
+        return states
+
+    def _states(self, saving: Saving, own: Mapping[str, Part], save: str) -> dict[str, Any]:
+        header = self._header(saving) if own else {}
+        return {
+            name: _with_part(header, part, saving.loss_scale, save) for name, part in own.items()
+        }
+
+    def _write(self, job: _Job, gather: Gather) -> None:
+        """Write, on every rank: all files appear, or (after an error) none.
+
+        Raises:
+            CheckpointError: on every rank, when one could not write.
+        """
         start = time.perf_counter()
-        for part, state in states.items():
-            first = parts.part_path(self._folder / names[0], part)
-            store.save(first, state)
-            for name in names[1:]:
-                store.copy(first, parts.part_path(self._folder / name, part))
-        if self._world.is_main:
-            logger.info(
-                "Saved checkpoint %s (epoch %d @ %d updates, score %s) (writing took %s seconds)",
-                self._folder / names[0],
-                moment.epoch,
-                moment.updates,
-                moment.val_loss,
-                time.perf_counter() - start,
-            )
-            self._remove_old(moment)
+        # One name after the other: a disk that is nearly full need not hold all of them twice.
+        for name in job.names:
+            files = self._files_of(job, name)
+            try:
+                together(gather, partial(self._write_temporaries, job, files))
+            except FliteError:
+                for path in files.values():
+                    store.discard(path)
+                raise
+            together(gather, partial(_commit, files))
+        if not self._world.is_main:
+            self._remove_old(job)
+            return
+        logger.info(
+            "Saved checkpoint %s (epoch %d @ %d updates, score %s) (writing took %s seconds)",
+            self._folder / job.names[0],
+            job.moment.epoch,
+            job.moment.updates,
+            job.moment.val_loss,
+            time.perf_counter() - start,
+        )
+        for name in job.names:
+            kept = map(shard_name, range(self._world.size)) if job.sharded else (MAIN_PART,)
+            parts.remove_others(self._folder / name, set(kept))
+        self._remove_old(job)
 
-    def _remove_old(self, moment: naming.Moment) -> None:
-        existing = os.listdir(self._folder)
-        for name in naming.names_to_remove(self._cfg, existing, end_of_epoch=moment.end_of_epoch):
-            for path in parts.part_files(self._folder / name).values():
-                path.unlink(missing_ok=True)
+    def _files_of(self, job: _Job, name: str) -> dict[str, Path]:
+        """This rank's files of a checkpoint, by part."""
+        return {part: parts.part_path(self._folder / name, part) for part in job.states}
+
+    def _write_temporaries(self, job: _Job, files: Mapping[str, Path]) -> None:
+        first = self._files_of(job, job.names[0])
+        for part, path in files.items():
+            if path == first[part]:
+                store.save_temporary(path, _sealed(part, job.states[part], path))
+            else:
+                store.copy_temporary(first[part], path)
+
+    def _remove_old(self, job: _Job) -> None:
+        """Apply retention: rank 0 to all files, others to their own, lest folders differ."""
+        if not (self._world.is_main or job.states):
+            return
+        existing = parts.whole_names(os.listdir(self._folder))
+        end = job.moment.end_of_epoch
+        for name in naming.names_to_remove(self._cfg, existing, end_of_epoch=end):
+            for part, path in parts.part_files(self._folder / name).items():
+                if self._world.is_main or part in job.states:
+                    path.unlink(missing_ok=True)
 
     def _header(self, saving: Saving) -> dict[str, Any]:
         """Everything but the weights and the optimizer's state, under fairseq's keys."""
@@ -327,14 +402,12 @@ class CheckpointManager:
             CheckpointError: a file that was named does not exist, or one does not fit. On every
                 rank.
         """
-        found = self._on_main(self._find)
+        found = on_main(self._world, self._find)
         if found is None:
             return None
         path, resets = found
-        # Rank 0 reads the file once: the header goes to all ranks, the parts to the backend.
-        read: dict[str, Any] = {}
-        self._together(lambda: read.update(_read(path)) if self._world.is_main else None)
-        header = self._world.broadcast_state(_header_of(read) if read else None)
+        files = parts.CheckpointFiles(path, shard_count=self._cfg.checkpoint_shard_count)
+        header = on_main(self._world, lambda: _header_of(_first_state(files)))
         use_optimizer = not resets.optimizer and bool(header["has_optimizer"])
         if resets.optimizer or not header["has_average"]:
             average = None
@@ -342,13 +415,11 @@ class CheckpointManager:
         if optimizer is not None and use_optimizer:
             _check_same(path, header["optimizer_history"], criterion, optimizer)
             overriding = _Overriding(optimizer, self._cfg.optimizer_overrides)
-        files = parts.CheckpointFiles(
-            path, {next(iter(parts.part_files(path))): read} if read else {}
-        )
         try:
             self._backend.load_parts(model, overriding, files, average)
         except CheckpointError as e:
-            raise e if str(path) in str(e) else CheckpointError(f"{path}: {e}") from e
+            named = str(parts.whole_name(path).with_suffix("")) in str(e)
+            raise e if named else CheckpointError(f"{path}: {e}") from e
         if header["criterion"] and _has_parameters(criterion):
             criterion.load_state_dict(header["criterion"])
         self._task.load_state_dict(header["task_state"])
@@ -381,7 +452,7 @@ class CheckpointManager:
             path = naming.with_suffix(cfg.restore_file, cfg.checkpoint_suffix)
             return _named(path, "--restore-file", self._folder), resets
         last = self._folder / naming.with_suffix(naming.LAST, cfg.checkpoint_suffix)
-        if parts.part_files(last):
+        if parts.readable_files(last):
             return last, resets
         if cfg.continue_once is not None:
             return _named(cfg.continue_once, "--continue-once"), resets
@@ -396,30 +467,8 @@ class CheckpointManager:
         logger.info("No existing checkpoint found %s", last)
         return None
 
-    def _on_main(self, action: Callable[[], T]) -> T:
-        """Do something on rank 0 and give every rank its result, or its error."""
-        result: Any = None
-        if self._world.is_main:
-            try:
-                result = action()
-            except FliteError as e:
-                result = e
-        result = self._world.broadcast_object(result)
-        if isinstance(result, FliteError):
-            raise result
-        return cast("T", result)
-
-    def _together(self, action: Callable[[], object]) -> None:
-        """Do something on every rank; an error on one is raised on all: none waits for it."""
-        error: FliteError | None = None
-        try:
-            action()
-        except FliteError as e:
-            error = e
-        errors = self._world.gather_objects(error)
-        for each in [error, *errors]:  # its own first: it has the cause attached
-            if each is not None:
-                raise each
+    def _together(self, action: Callable[[], T]) -> T:
+        return together(self._world.gather_objects, action)
 
 
 class _Overriding:
@@ -441,23 +490,24 @@ class _Overriding:
 
 
 def _named(path: str, flag: str, folder: Path | None = None) -> Path:
-    if not parts.part_files(Path(path)):
+    if not parts.readable_files(Path(path)):
         # fairseq starts afresh here, and the user finds out days later.
-        inside = parts.part_files(folder / path) if folder is not None else {}
+        inside = parts.readable_files(folder / path) if folder is not None else {}
         hint = f"; did you mean {folder}/{path}?" if inside else ""
         raise CheckpointError(f"{flag} {path}: no such checkpoint{hint}")
     return Path(path)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _first_state(files: parts.CheckpointFiles) -> dict[str, Any]:
     """The first part of a checkpoint, with the fields older versions of fairseq lack."""
-    first = next(iter(parts.part_files(path).values()))
-    return convert.upgraded_state(store.load(first), first)
+    first = files.names()[0]
+    return convert.upgraded_state(files.state(first), files.where(first))
 
 
 def _header_of(state: Mapping[str, Any]) -> dict[str, Any]:
     """What every rank needs to know of a checkpoint: little, and no weights."""
-    optimizer = state.get("last_optimizer_state")
+    # fairseq's shards number the state of flat parameters, which have no names.
+    optimizer = None if parts.is_flat_shard(state) else state.get("last_optimizer_state")
     averages = (parts.AVERAGE_KEY, parts.WIDE_AVERAGE_KEY)
     extra = dict(parts.own(state).get("extra") or {})
     older = extra.pop("ema", None)  # where this project kept the moving average at first
@@ -513,7 +563,9 @@ def _restored(
     )
 
 
-def _with_part(header: Mapping[str, Any], part: Part, loss_scale: float | None) -> dict[str, Any]:
+def _with_part(
+    header: Mapping[str, Any], part: Part, loss_scale: float | None, save: str
+) -> dict[str, Any]:
     """One file's content: the header, and the part in fairseq's places."""
     state = dict(header)
     state["model"] = OrderedDict(part.model)
@@ -528,8 +580,20 @@ def _with_part(header: Mapping[str, Any], part: Part, loss_scale: float | None) 
         if loss_scale is not None:
             state["last_optimizer_state"]["loss_scale"] = loss_scale
         state[parts.OWN_KEY] = own
-    state[parts.OWN_KEY] = {**state[parts.OWN_KEY], "manifest": dict(part.manifest)}
+    manifest = {**part.manifest, "save": save}
+    state[parts.OWN_KEY] = {**state[parts.OWN_KEY], "manifest": manifest}
     return state
+
+
+def _commit(files: Mapping[str, Path]) -> None:
+    for path in files.values():
+        store.commit(path)
+
+
+def _sealed(part: str, state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The state on the CPU, that of a shard with the hashes of its tensors."""
+    state = store.to_cpu(state)
+    return state if part == MAIN_PART else parts.sealed(state, path)
 
 
 def _has_parameters(module: nn.Module) -> bool:

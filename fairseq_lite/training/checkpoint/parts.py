@@ -3,17 +3,24 @@
 A checkpoint is one file, or one a part: what a backend calls the main part is `checkpoint_last.pt`
 itself, a part called `shard0` is `checkpoint_last-shard0.pt`. Every file carries the whole header
 (configuration, counters), so any of them says what the run was.
+
+Shards of a checkpoint appear together: each rank writes a temporary file, and when all have, all
+rename theirs. Where a run was killed between two renamings, the files under temporary names make
+the set complete, and are read as if they had their names already.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fairseq_lite.errors import CheckpointError
+from fairseq_lite.parallel import pieces
 from fairseq_lite.parallel.api import MAIN_PART, Part, PartReader
+from fairseq_lite.parallel.flat_shards import FLAT
+from fairseq_lite.parallel.pieces import shard_name, shard_number
 from fairseq_lite.training.checkpoint import store
 
 # The one key of ours in a checkpoint; fairseq's loader passes over it.
@@ -25,17 +32,39 @@ AVERAGE_KEY = "ema"
 WIDE_AVERAGE_KEY = "ema_fp32_params"
 
 
+# Where fairseq's shards, and metaseq's, say what lies in them.
+_FLAT_KEYS = ("fsdp_metadata", "shard_metadata")
+
+# A part's name, at the end of its file's name.
+_PART = r"-(?P<part>[A-Za-z_]+\d+)"
+
+
 def part_path(path: Path, part: str) -> Path:
     """The file of a part of the checkpoint called `path`."""
     return path if part == MAIN_PART else path.with_name(f"{path.stem}-{part}{path.suffix}")
 
 
-def part_files(path: Path) -> dict[str, Path]:
-    """The parts of a checkpoint that exist, by name, sorted by number where they end in one."""
-    found = {MAIN_PART: path} if path.is_file() else {}
-    pattern = re.compile(
-        re.escape(path.stem) + r"-(?P<part>[A-Za-z_]+\d+)" + re.escape(path.suffix)
-    )
+def whole_name(path: str | Path) -> Path:
+    """The checkpoint that a shard belongs to: `a.pt` for `a-shard0.pt`, and for `a.pt`."""
+    path = Path(path)
+    return path.with_name(re.sub(r"-shard\d+$", "", path.stem) + path.suffix)
+
+
+def whole_names(names: Iterable[str]) -> list[str]:
+    """The checkpoints that a folder's files belong to, each once."""
+    return list(dict.fromkeys(str(whole_name(name)) for name in names))
+
+
+def part_files(path: Path, ending: str = "") -> dict[str, Path]:
+    """The parts of a checkpoint that exist, by name, sorted by number where they end in one.
+
+    Args:
+        path: the checkpoint's name.
+        ending: what follows the names of the files.
+    """
+    main = path.with_name(path.name + ending)
+    found = {MAIN_PART: main} if main.is_file() else {}
+    pattern = re.compile(re.escape(path.stem) + _PART + re.escape(path.suffix + ending))
     if path.parent.is_dir():
         names = sorted(p.name for p in path.parent.iterdir())
         for match in filter(None, map(pattern.fullmatch, names)):
@@ -48,30 +77,127 @@ def _number(name: str) -> tuple[str, int]:
     return (match.group(1), int(match.group(2))) if match else (name, -1)
 
 
+def readable_files(path: Path) -> dict[str, Path]:
+    """As `part_files`; where only temporary files make a set of shards complete, they count.
+
+    The checkpoint's own file comes before shards, and a set that needs no temporary files before
+    one that does.
+
+    Args:
+        path: the checkpoint's name, or that of one of its shards.
+    """
+    whole = whole_name(path)
+    final, waiting = part_files(whole), part_files(whole, store.TEMPORARY)
+    if whole != path:  # a shard is named: the shards are meant
+        final.pop(MAIN_PART, None)
+    if MAIN_PART in final or not any(shard_number(name) is not None for name in waiting):
+        return final
+    marks = {file: _mark(file) for file in (*final.values(), *waiting.values())}
+    for sources in ((final,), (final, waiting)):
+        for mark in {marks[file] for source in sources for file in source.values()}:
+            found = _complete(mark, sources, marks)
+            if found is not None:
+                return found
+    return final
+
+
+Mark = tuple[str, int] | None
+
+
+def _mark(file: Path) -> Mark:
+    """The save a shard belongs to and its number of shards; None for a file that is not whole."""
+    try:
+        manifest = _manifest(store.load(file, verify=False, mapped=True))
+    except CheckpointError:
+        return None
+    save, size = manifest.get("save"), manifest.get("world_size")
+    return (save, size) if isinstance(save, str) and isinstance(size, int) else None
+
+
+def _complete(
+    mark: Mark, sources: Iterable[Mapping[str, Path]], marks: Mapping[Path, Mark]
+) -> dict[str, Path] | None:
+    """All shards of one save, or None."""
+    if mark is None:
+        return None
+    files: dict[str, Path] = {}
+    for name in map(shard_name, range(mark[1])):
+        for source in sources:
+            if name in source and marks[source[name]] == mark:
+                files.setdefault(name, source[name])
+    return files if len(files) == mark[1] else None
+
+
+def finish_renaming(folder: Path) -> None:
+    """Give temporary files that make a set of shards complete their names, and remove the others.
+
+    Raises:
+        CheckpointError: a file cannot be renamed.
+    """
+    pattern = re.compile(r"(.+)-shard\d+(\.pt)" + re.escape(store.TEMPORARY))
+    found = filter(None, (pattern.fullmatch(p.name) for p in folder.iterdir()))
+    for name in sorted({match.group(1) + match.group(2) for match in found}):
+        for part, file in readable_files(folder / name).items():
+            if file.name.endswith(store.TEMPORARY):
+                store.commit(part_path(folder / name, part))
+    store.remove_temporaries(folder)
+
+
+def remove_others(path: Path, kept: Container[str]) -> None:
+    """Remove what an earlier save left of a checkpoint under other parts' names."""
+    for part, file in part_files(path).items():
+        if part not in kept and (part == MAIN_PART or shard_number(part) is not None):
+            file.unlink(missing_ok=True)
+
+
 class CheckpointFiles(PartReader):
     """The parts of a checkpoint on disk.
 
     Args:
-        path: the checkpoint's main name.
-        loaded: states that were read already, by part; each is given out once and then forgotten,
-            so that the weights are not held twice.
+        path: the checkpoint's name, or that of one of its shards.
+        shard_count: `--checkpoint-shard-count`: how many shards there must be; 1: as many as there
+            are.
     """
 
-    def __init__(self, path: Path, loaded: Mapping[str, dict[str, Any]] | None = None) -> None:
-        self._path = path
-        self._loaded = dict(loaded or {})
-        self._manifests: dict[str, Mapping[str, Any]] = {}
+    def __init__(self, path: Path, shard_count: int = 1) -> None:
+        self._path = whole_name(path)
+        self._loaded: dict[str, dict[str, Any]] = {}
+        self._files = readable_files(path)
+        self._shard_count = shard_count
 
     def names(self) -> tuple[str, ...]:
-        """The names of all parts."""
-        return tuple(part_files(self._path))
+        """The names of all parts.
+
+        Raises:
+            CheckpointError: there are not as many shards as were asked for.
+        """
+        count = sum(shard_number(name) is not None for name in self._files)
+        if self._shard_count not in (1, count) and MAIN_PART not in self._files:
+            raise CheckpointError(
+                f"{self._path}: has {count} shards, --checkpoint-shard-count says "
+                f"{self._shard_count}"
+            )
+        return tuple(self._files)
+
+    def where(self, name: str) -> str:
+        """The file of a part, present or not."""
+        return str(self._file(name))
 
     def manifest(self, name: str) -> Mapping[str, Any]:
         """The manifest of one part."""
-        if name not in self._manifests:
-            self._loaded.setdefault(name, self._load(name))
-            self._manifests[name] = _manifest(self._loaded[name])
-        return self._manifests[name]
+        return _manifest(self.state(name))
+
+    def state(self, name: str) -> dict[str, Any]:
+        """All that the file of a part holds; its tensors stay in the file until they are used.
+
+        Raises:
+            CheckpointError: the part is missing or damaged.
+        """
+        if name not in self._loaded:
+            # A shard's checksums are compared by `verify`, once among all ranks.
+            whole = shard_number(name) is None
+            self._loaded[name] = store.load(self._file(name), verify=whole, mapped=True)
+        return self._loaded[name]
 
     def read(self, name: str) -> Part:
         """One part, its tensors on the CPU.
@@ -79,16 +205,42 @@ class CheckpointFiles(PartReader):
         Raises:
             CheckpointError: the part is missing or damaged.
         """
-        state = self._loaded.pop(name) if name in self._loaded else self._load(name)
-        return Part(
-            model_of(state, self._path),
-            state.get("last_optimizer_state"),
-            average_of(state),
-            _manifest(state),
-        )
+        part = part_of(self.state(name), self._file(name))
+        if shard_number(name) is None:
+            del self._loaded[name]
+        return part
 
-    def _load(self, name: str) -> dict[str, Any]:
-        return store.load(part_path(self._path, name))
+    def verify(self, name: str) -> None:
+        """Compare a part with its checksums and its tensors with their hashes.
+
+        Raises:
+            CheckpointError: one differs.
+        """
+        store.check(self._file(name))
+        pieces.verify(self.read(name), self.where(name))
+
+    def _file(self, name: str) -> Path:
+        return self._files.get(name) or part_path(self._path, name)
+
+
+def part_of(state: Mapping[str, Any], path: str | Path) -> Part:
+    """What a loaded file holds of the model.
+
+    Raises:
+        CheckpointError: nothing.
+    """
+    return Part(
+        model_of(state, path),
+        state.get("last_optimizer_state"),
+        average_of(state),
+        _manifest(state),
+    )
+
+
+def sealed(state: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """The state of a shard, on the CPU, with the hash of every tensor in its manifest."""
+    manifest = dict(pieces.sealed(part_of(state, path)))
+    return {**state, OWN_KEY: {**state[OWN_KEY], "manifest": manifest}}
 
 
 def model_of(state: Mapping[str, Any], path: str | Path) -> Mapping[str, Any]:
@@ -125,4 +277,14 @@ def own(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _manifest(state: Mapping[str, Any]) -> Mapping[str, Any]:
     found = own(state).get("manifest")
-    return found if isinstance(found, Mapping) else {}
+    if isinstance(found, Mapping):
+        return found
+    for key in _FLAT_KEYS:
+        if isinstance(state.get(key), Mapping):
+            return {FLAT: state[key]}
+    return {}
+
+
+def is_flat_shard(state: Mapping[str, Any]) -> bool:
+    """Whether a loaded file is a shard that fairseq wrote."""
+    return FLAT in _manifest(state)

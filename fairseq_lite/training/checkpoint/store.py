@@ -59,8 +59,18 @@ def save(path: str | Path, state: Mapping[str, Any]) -> None:
         CheckpointError: the file could not be written; the previous one of that name is untouched.
         ValueError: the state holds something else: a bug, as such a file could not be read safely.
     """
+    save_temporary(path, state)
+    try:
+        commit(path)
+    except CheckpointError:
+        discard(path)
+        raise
+
+
+def save_temporary(path: str | Path, state: Mapping[str, Any]) -> None:
+    """The first half of `save`: all is written and flushed, under the temporary name."""
     values = to_cpu(legacy.plain(state))
-    with _replacing(Path(path)) as file:
+    with _temporary(Path(path)) as file:
         recorder = _Recorder(file)
         try:
             torch.save(values, recorder)  # type: ignore[arg-type]
@@ -70,8 +80,8 @@ def save(path: str | Path, state: Mapping[str, Any]) -> None:
             raise
 
 
-def copy(source: str | Path, target: str | Path) -> None:
-    """Make `target` a byte-identical copy of `source`, atomically.
+def copy_temporary(source: str | Path, target: str | Path) -> None:
+    """The first half of making `target` a byte-identical copy of `source`.
 
     A real copy, as fairseq makes: with a hard link a tool that rewrites `checkpoint_best.pt` in
     place would change every other name of the same file too.
@@ -79,8 +89,34 @@ def copy(source: str | Path, target: str | Path) -> None:
     Raises:
         CheckpointError: it could not be written; the previous `target` is untouched.
     """
-    with open(source, "rb") as original, _replacing(Path(target)) as file:
+    with open(source, "rb") as original, _temporary(Path(target)) as file:
         shutil.copyfileobj(original, file, _CHUNK)
+
+
+def commit(path: str | Path) -> None:
+    """The second half of `save`: the temporary file takes its name.
+
+    Raises:
+        CheckpointError: it could not; the previous file of that name is untouched.
+    """
+    path = Path(path)
+    try:
+        os.replace(temporary(path), path)
+        _flush_folder(path.parent)
+    except OSError as e:
+        raise CheckpointError(_cannot_write(path, e)) from e
+
+
+def discard(path: str | Path) -> None:
+    """Remove the temporary file, if there is one."""
+    with contextlib.suppress(OSError):
+        temporary(path).unlink()
+
+
+def temporary(path: str | Path) -> Path:
+    """The temporary name of a file."""
+    path = Path(path)
+    return path.with_name(path.name + TEMPORARY)
 
 
 def save_text(path: str | Path, text: str) -> None:
@@ -98,17 +134,25 @@ def save_bytes(path: str | Path, data: bytes) -> None:
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that replaces `path` when the block ends well, and leaves no trace otherwise."""
-    temporary = path.with_name(path.name + TEMPORARY)
+    with _temporary(path) as file:
+        yield file
     try:
-        with open(temporary, "wb") as file:
+        commit(path)
+    except CheckpointError:
+        discard(path)
+        raise
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[BinaryIO]:
+    """The temporary file of `path`: flushed to the disk when the block ends well, else removed."""
+    try:
+        with open(temporary(path), "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
     except BaseException as e:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        discard(path)
         if isinstance(e, OSError):
             raise CheckpointError(_cannot_write(path, e)) from e
         raise
@@ -164,13 +208,15 @@ def remove_temporaries(folder: str | Path) -> None:
             path.unlink()
 
 
-def load(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
+def load(path: str | Path, *, verify: bool = True, mapped: bool = False) -> dict[str, Any]:
     """Read a checkpoint: ours, or a real one of fairseq's. Tensors come back on the CPU.
 
     Args:
         path: the file.
         verify: compare every stored part with its checksum first, so that a damaged file is never
             trained on.
+        mapped: leave the tensors in the file; what is used of them is read then. Not to be kept for
+            longer than the file is sure to stay as it is.
 
     Returns:
         The stored mapping; tensors, and plain Python values for everything else.
@@ -180,14 +226,33 @@ def load(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
             value; or it is not a checkpoint.
     """
     path = Path(path)
+    with _reading(path):
+        if verify:
+            _verify(path)
+        in_place = mapped and zipfile.is_zipfile(path)  # what torch wrote before 1.6 cannot be
+        with torch.serialization.safe_globals(legacy.allow_list(legacy.names_in(path), path)):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
+        return _as_mapping(path, state)
+
+
+def check(path: str | Path) -> None:
+    """Compare a file with its checksums, in little memory.
+
+    Raises:
+        CheckpointError: no such file; cut short or damaged.
+    """
+    path = Path(path)
+    with _reading(path):
+        _verify(path)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say in one line why a checkpoint could not be read."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        if verify:
-            _verify(path)
-        with torch.serialization.safe_globals(legacy.allow_list(legacy.names_in(path), path)):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        return _as_mapping(path, state)
+        yield
     except CheckpointError:
         raise
     except OSError as e:
