@@ -35,7 +35,9 @@ class CommonConfig:
     memory_efficient_bf16: bool = flag(
         False, "as --bf16: the master weights are the only copy of the parameters here"
     )
-    fp16: bool = flag(False, "compute in float16 with a dynamic loss scale (CUDA)")
+    fp16: bool = flag(
+        False, "compute in float16 with a dynamic loss scale; on a CPU --bf16 is faster"
+    )
     memory_efficient_fp16: bool = flag(
         False, "as --fp16: the master weights are the only copy of the parameters here"
     )

@@ -85,6 +85,10 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis."""
+        if x.device.type == "cpu" and x.dtype == torch.float32 != self.weight.dtype:
+            # Weights gathered in 16 bits by a sharded backend; torch's kernel wants them as wide.
+            weight, bias = self.weight.float(), self.bias.float()
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
         if x.device.type == "cpu" or x.dtype != torch.bfloat16:
             return super().forward(x)
         # Autocast would widen to fp32 here, and every following addition with it.

@@ -18,7 +18,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,30 +30,28 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
 
 from fairseq_lite.config.core import RunConfig
 from fairseq_lite.errors import ConfigError
-from fairseq_lite.parallel.api import (
-    MAIN_PART,
-    Backend,
-    LoadsWeights,
-    M,
-    Machine,
-    Part,
-    PartReader,
-    StatefulOptimizer,
-)
+from fairseq_lite.parallel import shards
+from fairseq_lite.parallel.api import Backend, M, Machine, Part, PartReader, StatefulOptimizer
 from fairseq_lite.parallel.building import Unmade
-from fairseq_lite.parallel.local import local, norm_of, rows_of
+from fairseq_lite.parallel.local import norm_of
 from fairseq_lite.parallel.plan import common_reasons
 from fairseq_lite.parallel.sharding import sharding_reasons
+from fairseq_lite.parallel.world import World
 
 logger = logging.getLogger(__name__)
 
 
 class TorchSharded(Backend):
     """Fully sharded training by torch's `fully_shard`."""
+
+    def __init__(self, cfg: Any, world: World, *, dtype: torch.dtype | None = None) -> None:
+        super().__init__(cfg, world, dtype=dtype)
+        self.writes_shards = bool(cfg.use_sharded_state)
+        self._freed: set[nn.Module] = set()  # units that are freed after their forward pass
+        self._uses: _Uses | None = None
 
     @classmethod
     def reasons(cls, run: RunConfig, machine: Machine | None = None) -> list[str]:
@@ -69,7 +67,6 @@ class TorchSharded(Backend):
         layers: list[nn.Module] = getattr(model, "layers_to_shard", list)()
         output = getattr(model, "output_weight", None)
         keep = self.cfg.no_reshard_after_forward
-        self._freed: set[nn.Module] = set()  # units that are, after their forward pass
         with _refusing_in_one_line():
             for layer in layers:
                 # The criterion reads the output projection after the forward pass.
@@ -186,13 +183,16 @@ class TorchSharded(Backend):
         optimizer: StatefulOptimizer | None,
         average: Mapping[str, Tensor] | None = None,
     ) -> Mapping[str, Part]:
-        weights = {name: _whole(tensor) for name, tensor in model.state_dict().items()}
-        state = None if optimizer is None else _whole_state(model, optimizer.state_dict())
-        if average is not None:
-            average = {name: _whole(tensor) for name, tensor in average.items()}
-        if not self.world.is_main:
-            return {}
-        return {MAIN_PART: Part(weights, state, average, {"world_size": self.world.size})}
+        save = shards.save_shard if self.cfg.use_sharded_state else shards.save_full
+        return save(self.world, model, optimizer, average)
+
+    def crash_parts(
+        self,
+        model: nn.Module,
+        optimizer: StatefulOptimizer | None,
+        average: Mapping[str, Tensor] | None = None,
+    ) -> Mapping[str, Part]:
+        return shards.save_shard(self.world, model, optimizer, average)
 
     def load_parts(
         self,
@@ -201,19 +201,7 @@ class TorchSharded(Backend):
         parts: PartReader,
         average: Mapping[str, Tensor] | None = None,
     ) -> None:
-        part = parts.read(MAIN_PART) if self.world.is_main else None
-        weights = self.world.broadcast_state(None if part is None else part.model)
-        cast("LoadsWeights", model).load_weights(
-            {name: _spread(weights[name], own) for name, own in model.state_dict().items()}
-        )
-        if average is not None:
-            given = self.world.broadcast_state(None if part is None else part.average)
-            for name, tensor in average.items():
-                tensor.copy_(_spread(given[name], tensor))
-        if optimizer is not None:
-            state = self.world.broadcast_state(None if part is None else part.optimizer)
-            if state is not None:
-                optimizer.load_state_dict(state)
+        shards.load(self.world, model, optimizer, parts, average)
 
 
 class _Uses:
@@ -307,52 +295,3 @@ def _refusing_in_one_line() -> Iterator[None]:
             f"--ddp-backend fully_sharded cannot split this model: {line}; use --ddp-backend "
             "legacy_ddp"
         ) from e
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, DTensor):
-        with torch.no_grad():
-            return tensor.full_tensor()
-    return tensor
-
-
-def _whole_state(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    params = [p for p in model.parameters() if p.requires_grad]
-
-    def whole(param: nn.Parameter, value: Any) -> Any:
-        if isinstance(value, Tensor) and value.shape == local(param).shape:
-            return _whole(_wrapped(value, param))
-        return value
-
-    entries = {
-        i: {key: whole(params[i], value) for key, value in entry.items()}
-        for i, entry in state["state"].items()
-    }
-    return {**state, "state": entries}
-
-
-def _wrapped(value: Tensor, param: nn.Parameter) -> Tensor:
-    if not isinstance(param, DTensor):
-        return value
-    return DTensor.from_local(
-        value,
-        param.device_mesh,
-        param.placements,
-        run_check=False,
-        shape=param.shape,
-        stride=param.stride(),
-    )
-
-
-def _spread(value: Tensor, like: Tensor) -> Tensor:
-    if not isinstance(like, DTensor):
-        return value
-    part = rows_of(value, like).to(like.to_local())
-    return DTensor.from_local(
-        part,
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )

@@ -95,13 +95,6 @@ def common_reasons(run: RunConfig, machine: Machine) -> list[str]:
     """Why no backend at all could do `run` on `machine`: one line each."""
     reasons = []
     common = run.common
-    gpus = 0 if common.cpu else machine.cuda_devices
-    for flag, on in (
-        ("--fp16", common.fp16),
-        ("--memory-efficient-fp16", common.memory_efficient_fp16),
-    ):
-        if on and not gpus:
-            reasons.append(f"{flag} needs a GPU, and this run is on the CPU: use --bf16")
     try:
         plan(run.distributed_training, cpu=common.cpu, machine=machine)
     except ConfigError as e:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_lite.errors import TrainingError
+from fairseq_lite.parallel.local import local
 from fairseq_lite.tasks.api import Sample
 
 _IDS_SHOWN = 10
@@ -53,7 +54,8 @@ def first_nonfinite(model: nn.Module, forward: Callable[[], Any]) -> str | None:
     """Run `forward` again and name the first thing in it that is not finite.
 
     Args:
-        model: the model whose modules are watched.
+        model: the model whose modules are watched; of weights spread over ranks, each rank looks at
+            its own part.
         forward: runs the model on the batch in question.
 
     Returns:
@@ -80,7 +82,7 @@ def first_nonfinite(model: nn.Module, forward: Callable[[], Any]) -> str | None:
         for handle in handles:
             handle.remove()
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not torch.isfinite(local(parameter)).all():
             return f"the weight {name}"
     return found[0] if found else None
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_lite.config.core import EMAConfig
+from fairseq_lite.parallel.local import is_spread, local, rows_of
 
 
 class MovingAverage:
-    """The average of a model's weights over its updates.
+    """The average of a model's weights over its updates; of sharded weights, part by part.
 
     After update u::
 
@@ -44,13 +45,15 @@ class MovingAverage:
         self.since = 0
         decay = 0.0 if num_updates < self.cfg.ema_start_update else self.cfg.ema_decay
         for name, value in model.state_dict().items():
-            average = self.weights[name]
+            average, value = local(self.weights[name]), local(value)
             if average.is_floating_point():
                 average.mul_(decay).add_(value.to(average), alpha=1 - decay)
             else:
                 average.copy_(value)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Go on from an average, or begin with the weights of a model."""
+        """Go on from an average, or begin with the weights of a model, whole or spread alike."""
         for name, average in self.weights.items():
-            average.copy_(weights[name])
+            given = weights[name]
+            part = local(given) if is_spread(given) else rows_of(given, average)
+            local(average).copy_(part)
