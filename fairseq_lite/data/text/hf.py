@@ -304,8 +304,17 @@ class HfTokenizer(NumberedSubword):
     @functools.cached_property
     def _leads_with_space(self) -> bool:
         """Whether a space is put before every line, which is no part of the text."""
-        pieces = [self._engine.pieces[number] or "" for number in self.numbers(["a"])[0]]
+        pieces = [self._engine.pieces[number] or "" for number in self._try("a") or ()]
         return self._engine.text(pieces).startswith(" ")
+
+    def _try(self, text: str) -> list[int] | None:
+        """The numbers of a line's pieces; None where the library refuses it."""
+        try:
+            return self.numbers([text])[0]
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # a panic of the library is no Exception
+            return None
 
     def numbers(self, lines: Sequence[str]) -> list[list[int]]:
         """The tokenizer's own numbers of each line's pieces."""
@@ -338,7 +347,7 @@ class HfTokenizer(NumberedSubword):
 
     def drops_text(self) -> bool:
         """Whether text that the tokenizer does not know leaves no piece at all: it is tried."""
-        return not self.numbers([_STRANGE])[0]
+        return self._try(_STRANGE) == []
 
     def files(self) -> Sequence[Path]:
         """What the tokenizer is read from."""

@@ -99,7 +99,7 @@ class Segmenter:
         return [codec for codec in both if codec is not None]
 
     def check(self, langs: Sequence[str | None]) -> None:
-        """Try it on a line, before any work.
+        """Read what it needs, before any work.
 
         Raises:
             FliteError: it cannot be used.
@@ -111,7 +111,7 @@ class Segmenter:
                 "another; leave it out"
             )
         for lang in langs:
-            segment(["a"], self.codecs(lang))
+            segment([""], self.codecs(lang))
 
     def drops_text(self) -> bool:
         """Whether text that is not known leaves no piece at all, as far as can be told."""
