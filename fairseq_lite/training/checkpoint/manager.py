@@ -11,11 +11,8 @@ import dataclasses
 import logging
 import os
 import secrets
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,11 +25,11 @@ from fairseq_lite.criteria.api import Criterion
 from fairseq_lite.errors import CheckpointError, ConfigError, FliteError
 from fairseq_lite.optim.api import Optimizer, Schedule
 from fairseq_lite.parallel.agreement import on_main, together
-from fairseq_lite.parallel.api import MAIN_PART, Backend, Part
-from fairseq_lite.parallel.pieces import shard_name
+from fairseq_lite.parallel.api import Backend, Part
 from fairseq_lite.parallel.world import World
 from fairseq_lite.tasks.api import Task
 from fairseq_lite.training.checkpoint import bundle, convert, naming, parts, store
+from fairseq_lite.training.checkpoint.writing import CheckpointWriter, Job, ready
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +37,6 @@ CONFIG_FILE = "config.yaml"
 _FORMAT = 1
 
 T = TypeVar("T")
-
-Gather = Callable[[Any], list[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,23 +112,6 @@ class Restored:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Job:
-    """A save under way.
-
-    Attributes:
-        names: the checkpoint's names; each gets the same content.
-        moment: where training was.
-        states: the content of this rank's files, by part.
-        sharded: whether every rank writes.
-    """
-
-    names: list[str]
-    moment: naming.Moment
-    states: Mapping[str, dict[str, Any]]
-    sharded: bool
-
-
-@dataclasses.dataclass(frozen=True)
 class _Resets:
     optimizer: bool
     schedule: bool
@@ -161,9 +139,7 @@ class CheckpointManager:
         self._folder = Path(run.checkpoint.save_dir)
         self._history: list[dict[str, Any]] = []
         self._bundle: bundle.Bundle | None = None
-        self._writer: ThreadPoolExecutor | None = None
-        self._pending: Future[None] | None = None
-        self._gather_aside: Gather = world.gather_objects
+        self._writer = CheckpointWriter(run.checkpoint, world)
         # What tells the shards of one save from those of another.
         self._run_id: str = world.broadcast_object(secrets.token_hex(4))
         self._saves = 0
@@ -222,12 +198,12 @@ class CheckpointManager:
         # No waiting for other ranks: one that ran out of memory is alone here. And no error either:
         # it would take the place of the one that stops the run.
         try:
-            self._finish_pending()
+            self._writer.finish()
             own = self._backend.crash_parts(saving.model, saving.optimizer, saving.average)
             states = self._states(saving, own, f"{self._run_id}-crash-{saving.updates}")
             for name, state in states.items():
                 path = parts.part_path(self._folder / naming.CRASH, name)
-                store.save(path, _sealed(name, state, path))
+                store.save(path, ready(name, state, path))
         except FliteError as e:
             logger.warning("%s could not be written: %s", naming.CRASH, e)
             return None
@@ -243,19 +219,12 @@ class CheckpointManager:
         own = self._backend.save_parts(saving.model, optimizer, saving.average)
         save = f"{self._run_id}-{self._saves}"
         states = self._together(lambda: self._ready(saving, own, save))
-        job = _Job(names, saving.moment, states, own.keys() - {MAIN_PART} != set())
-        if not self._cfg.write_checkpoints_asynchronously:
-            self._write(job, self._world.gather_objects)
-            return self._folder / names[0]
-        if self._writer is None:
-            self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            self._gather_aside = self._world.gather_aside()
-        self._pending = self._writer.submit(self._write, job, self._gather_aside)
+        self._writer.submit(Job(names, saving.moment, states))
         return self._folder / names[0]
 
     def _ready(self, saving: Saving, own: Mapping[str, Part], save: str) -> dict[str, Any]:
         """The content of this rank's files, once an earlier save is done."""
-        self._finish_pending()
+        self._writer.finish()
         states = self._states(saving, own, save)
         if self._cfg.write_checkpoints_asynchronously:
             # Training changes the tensors in place while the thread writes: it gets a copy.
@@ -267,62 +236,6 @@ class CheckpointManager:
         return {
             name: _with_part(header, part, saving.loss_scale, save) for name, part in own.items()
         }
-
-    def _write(self, job: _Job, gather: Gather) -> None:
-        """Write, on every rank: all files appear, or (after an error) none.
-
-        Raises:
-            CheckpointError: on every rank, when one could not write.
-        """
-        start = time.perf_counter()
-        # One name after the other: a disk that is nearly full need not hold all of them twice.
-        for name in job.names:
-            files = self._files_of(job, name)
-            try:
-                together(gather, partial(self._write_temporaries, job, files))
-            except FliteError:
-                for path in files.values():
-                    store.discard(path)
-                raise
-            together(gather, partial(_commit, files))
-        if not self._world.is_main:
-            self._remove_old(job)
-            return
-        logger.info(
-            "Saved checkpoint %s (epoch %d @ %d updates, score %s) (writing took %s seconds)",
-            self._folder / job.names[0],
-            job.moment.epoch,
-            job.moment.updates,
-            job.moment.val_loss,
-            time.perf_counter() - start,
-        )
-        for name in job.names:
-            kept = map(shard_name, range(self._world.size)) if job.sharded else (MAIN_PART,)
-            parts.remove_others(self._folder / name, set(kept))
-        self._remove_old(job)
-
-    def _files_of(self, job: _Job, name: str) -> dict[str, Path]:
-        """This rank's files of a checkpoint, by part."""
-        return {part: parts.part_path(self._folder / name, part) for part in job.states}
-
-    def _write_temporaries(self, job: _Job, files: Mapping[str, Path]) -> None:
-        first = self._files_of(job, job.names[0])
-        for part, path in files.items():
-            if path == first[part]:
-                store.save_temporary(path, _sealed(part, job.states[part], path))
-            else:
-                store.copy_temporary(first[part], path)
-
-    def _remove_old(self, job: _Job) -> None:
-        """Apply retention: rank 0 to all files, others to their own, lest folders differ."""
-        if not (self._world.is_main or job.states):
-            return
-        existing = parts.whole_names(os.listdir(self._folder))
-        end = job.moment.end_of_epoch
-        for name in naming.names_to_remove(self._cfg, existing, end_of_epoch=end):
-            for part, path in parts.part_files(self._folder / name).items():
-                if self._world.is_main or part in job.states:
-                    path.unlink(missing_ok=True)
 
     def _header(self, saving: Saving) -> dict[str, Any]:
         """Everything but the weights and the optimizer's state, under fairseq's keys."""
@@ -368,15 +281,8 @@ class CheckpointManager:
         Raises:
             CheckpointError: on every rank, when it failed.
         """
-        self._together(self._finish_pending)
-        if self._writer is not None:
-            self._writer.shutdown()
-            self._writer = None
-
-    def _finish_pending(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        self._together(self._writer.finish)
+        self._writer.close()
 
     # -- restoring ------------------------------------------------------------------------------
 
@@ -583,17 +489,6 @@ def _with_part(
     manifest = {**part.manifest, "save": save}
     state[parts.OWN_KEY] = {**state[parts.OWN_KEY], "manifest": manifest}
     return state
-
-
-def _commit(files: Mapping[str, Path]) -> None:
-    for path in files.values():
-        store.commit(path)
-
-
-def _sealed(part: str, state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The state on the CPU, that of a shard with the hashes of its tensors."""
-    state = store.to_cpu(state)
-    return state if part == MAIN_PART else parts.sealed(state, path)
 
 
 def _has_parameters(module: nn.Module) -> bool:
