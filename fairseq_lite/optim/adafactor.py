@@ -64,6 +64,7 @@ class Adafactor(Optimizer):
     """
 
     fairseq_name = "FairseqAdafactor"
+    elementwise = False
 
     def __init__(self, params: Iterable[Tensor], cfg: AdafactorConfig, *, lr: float) -> None:
         super().__init__(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fairseq_lite.config.core import OptimizationConfig
 from fairseq_lite.errors import CheckpointError, ConfigError
-from fairseq_lite.parallel.local import local, rows_of
+from fairseq_lite.parallel.local import is_spread, local, rows_of
 from fairseq_lite.parallel.spans import cut_flat
 from fairseq_lite.registry import Registry
 
@@ -63,6 +63,11 @@ class Optimizer(ABC):
         self.params: list[Tensor] = [p for p in params if p.requires_grad]
         if not self.params:
             raise ConfigError("the optimizer was given no parameter that needs a gradient")
+        if not self.elementwise and any(map(_is_split, self.params)):
+            raise ConfigError(
+                f"{type(self).__name__} looks at whole parameters, and this --ddp-backend spreads "
+                "them over ranks: use --optimizer adam, or --ddp-backend legacy_ddp"
+            )
         self.hyper: dict[str, Any] = hyper
         self.state: dict[Tensor, dict[str, Any]] = {}
         self._factor: float | Tensor | None = None  # waits for step(), which multiplies anyway
@@ -247,6 +252,9 @@ class Optimizer(ABC):
         dtype = self.state_dtype(part, key) if value.is_floating_point() else value.dtype
         return value.detach().to(device=part.device, dtype=dtype, copy=True)
 
+    #: Whether each element of a parameter is updated by itself, so that a part is as good as all.
+    elementwise: ClassVar[bool] = True
+
     #: Hyper-parameters that change during training, so that a checkpoint's values count.
     carried: ClassVar[frozenset[str]] = frozenset(("lr", "lr_old", "step"))
 
@@ -263,6 +271,10 @@ class Optimizer(ABC):
         """Parameters that have a gradient, and the gradients' parts on this rank."""
         params = [p for p in self.params if p.grad is not None]
         return params, [local(p.grad) for p in params if p.grad is not None]
+
+
+def _is_split(param: Any) -> bool:
+    return is_spread(param) and param.device_mesh.size() > 1
 
 
 def _plain(value: Any) -> Any:

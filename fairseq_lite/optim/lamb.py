@@ -43,6 +43,7 @@ class Lamb(Optimizer):
     """
 
     fairseq_name = "FairseqLAMB"
+    elementwise = False
 
     def __init__(self, params: Iterable[Tensor], cfg: LambConfig, *, lr: float) -> None:
         b1, b2 = cfg.lamb_betas

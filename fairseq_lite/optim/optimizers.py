@@ -17,11 +17,12 @@ from torch import Tensor
 from fairseq_lite.config.flags import flag
 from fairseq_lite.errors import ConfigError
 from fairseq_lite.optim.adafactor import Adafactor
-from fairseq_lite.optim.adam import Adam
+from fairseq_lite.optim.adam import Adam, AdamConfig
 from fairseq_lite.optim.api import OPTIMIZERS, Optimizer, check_betas
 from fairseq_lite.optim.lamb import Lamb
+from fairseq_lite.parallel.local import local
 
-__all__ = ["SGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "Lamb", "Nag"]
+__all__ = ["SGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "CPUAdam", "Lamb", "Nag"]
 
 logger = logging.getLogger(__name__)
 
@@ -290,16 +291,23 @@ class Adamax(Optimizer):
         torch._foreach_addcdiv_(params, means, denominators, scalars=sizes)
 
 
-@OPTIMIZERS.register("cpu_adam")
-def cpu_adam(*_: object, **__: object) -> Optimizer:
-    """DeepSpeed's Adam for offloaded parameters, which is not here.
+@OPTIMIZERS.register("cpu_adam", config=AdamConfig)
+class CPUAdam(Adam):
+    """Adam over parameters in host memory (`--cpu-offload`), as any: torch's kernel is fused there.
 
     Raises:
-        ConfigError: always.
+        ConfigError: the parameters are on a GPU.
     """
-    raise ConfigError(
-        "--optimizer cpu_adam: there is no CPU offload; --optimizer adam runs fused on a CPU"
-    )
+
+    fairseq_name = "FairseqCPUAdam"
+
+    def __init__(self, params: Iterable[Tensor], cfg: AdamConfig, *, lr: float) -> None:
+        super().__init__(params, cfg, lr=lr)
+        if any(local(p).device.type != "cpu" for p in self.params):
+            raise ConfigError(
+                "--optimizer cpu_adam updates parameters in host memory: add --ddp-backend "
+                "fully_sharded --cpu-offload, or use --optimizer adam"
+            )
 
 
 @OPTIMIZERS.register("composite")

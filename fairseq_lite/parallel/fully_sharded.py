@@ -167,8 +167,8 @@ class TorchSharded(Backend):
         """See the base class. Each rank holds the whole model inside, in the units' precision."""
         try:
             for unit in units(model):
-                unit.unshard()
                 unit.set_reshard_after_forward(False, recurse=False)
+                unit.unshard()
             yield
         finally:
             for unit in units(model):

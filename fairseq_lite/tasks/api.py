@@ -222,6 +222,14 @@ class Task(ABC):
         with torch.no_grad():
             return criterion(model, sample)  # type: ignore[no-any-return]
 
+    @property
+    def generates_in_validation(self) -> bool:
+        """Whether `valid_step` runs parts of the model by themselves, as a generator does.
+
+        Ranks then take different numbers of steps, and a sharded model is gathered for validation.
+        """
+        return False
+
     def begin_validation(self, split: str, model: Model) -> None:  # noqa: B027
         """Called before a split is validated, on every rank."""
 

@@ -246,6 +246,11 @@ class TranslationTask(Task):
             left_pad_source=self.cfg.left_pad_source,
         )
 
+    @property
+    def generates_in_validation(self) -> bool:
+        """With --eval-bleu."""
+        return self._bleu is not None
+
     def begin_validation(self, split: str, model: Model) -> None:
         """Make the generator of --eval-bleu."""
         if self._bleu is not None:

@@ -78,6 +78,7 @@ class TrainingRun:
         )
         self.validator = Validator(
             world=world,
+            backend=self.trainer.backend,
             task=self.task,
             model=self.trainer.model,
             criterion=self.trainer.criterion,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from fairseq_lite.criteria.api import Criterion
 from fairseq_lite.optim.precision import Precision
+from fairseq_lite.parallel.api import Backend
 from fairseq_lite.parallel.world import World
 from fairseq_lite.tasks.api import Sample, Task, to_device
 from fairseq_lite.training.diagnosis import explaining_failure
@@ -35,6 +37,7 @@ class Validator:
         model: what is validated.
         criterion: the loss.
         precision: how numbers are represented.
+        backend: how the model is spread over the ranks; None: each has it whole.
     """
 
     def __init__(
@@ -45,12 +48,14 @@ class Validator:
         model: nn.Module,
         criterion: Criterion,
         precision: Precision,
+        backend: Backend | None = None,
     ) -> None:
         self.world = world
         self.task = task
         self.model = model
         self.criterion = criterion
         self.precision = precision
+        self.backend = backend
 
     def run(
         self,
@@ -76,26 +81,33 @@ class Validator:
             The sums over all batches of all ranks.
         """
         meters = Meters(metrics_of(self.task, self.criterion))
-        self.model.eval()
-        self.criterion.eval()
-        self.task.begin_validation(split, self.model)  # type: ignore[arg-type]
-        for i, batch in enumerate(batches):
-            if max_steps is not None and i >= max_steps:
-                break
-            meters.add(self.world.sum(self.step(batch, dummy)))
-            progress.advance()
-            if log_interval is not None and (i + 1) % log_interval == 0:
-                progress.log(meters.values(), tag=split, num_updates=i + 1)
+        with self._ready(split):
+            for i, batch in enumerate(batches):
+                if max_steps is not None and i >= max_steps:
+                    break
+                meters.add(self.world.sum(self.step(batch, dummy)))
+                progress.advance()
+                if log_interval is not None and (i + 1) % log_interval == 0:
+                    progress.log(meters.values(), tag=split, num_updates=i + 1)
         return meters
 
     def probe(self, split: str, sample: Sample) -> dict[str, float]:
         """The metrics of one batch: to know which there will be."""
         meters = Meters(metrics_of(self.task, self.criterion))
+        with self._ready(split):
+            meters.add(self.world.sum(self.step(sample, sample)))
+        return meters.values()
+
+    @contextmanager
+    def _ready(self, split: str) -> Iterator[None]:
+        """Model, criterion and task made ready for a split."""
         self.model.eval()
         self.criterion.eval()
-        self.task.begin_validation(split, self.model)  # type: ignore[arg-type]
-        meters.add(self.world.sum(self.step(sample, sample)))
-        return meters.values()
+        with ExitStack() as stack:
+            if self.backend is not None and self.task.generates_in_validation:
+                stack.enter_context(self.backend.whole(self.model))
+            self.task.begin_validation(split, self.model)  # type: ignore[arg-type]
+            yield
 
     def step(self, batch: Sample | None, dummy: Sample) -> dict[str, Any]:
         """The sums of one batch of this rank, zero where it has none."""

@@ -6,6 +6,7 @@ import io
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -538,10 +539,36 @@ def test_lamb():
     assert distance(params, [e.numpy() for e in expected]) < 2e-6
 
 
-@pytest.mark.parametrize("name", ["cpu_adam", "composite"])
-def test_what_is_not_here_says_so(name):
-    with pytest.raises(ConfigError, match=f"--optimizer {name}"):
-        OPTIMIZERS.get(name).factory(parameters(), None, lr=1.0)
+def test_what_is_not_here_says_so():
+    with pytest.raises(ConfigError, match="--optimizer composite"):
+        OPTIMIZERS.get("composite").factory(parameters(), None, lr=1.0)
+
+
+def test_cpu_adam_is_adam_in_host_memory():
+    build = OPTIMIZERS.get("cpu_adam").factory
+    one, other = parameters(), parameters()
+    run(build(one, AdamConfig(weight_decay=0.1), lr=0.01), one, gradients(3))
+    run(Adam(other, AdamConfig(weight_decay=0.1), lr=0.01), other, gradients(3))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    elsewhere = [torch.nn.Parameter(torch.empty(2, device="meta"))]
+    with pytest.raises(ConfigError, match="in host memory: add --ddp-backend fully_sharded --cpu"):
+        build(elsewhere, AdamConfig(), lr=1.0)
+
+
+class Spread(torch.nn.Parameter):
+    """As a parameter that two ranks hold in parts looks to an optimizer."""
+
+    device_mesh = SimpleNamespace(size=lambda: 2)
+
+    def to_local(self):
+        return self.data[:1]
+
+
+@pytest.mark.parametrize("name", ["adafactor", "lamb"])
+def test_rules_for_whole_parameters_refuse_parts(name):
+    entry = OPTIMIZERS.get(name)
+    with pytest.raises(ConfigError, match="looks at whole parameters"):
+        entry.factory([Spread(torch.ones(2, 2))], entry.config(), lr=1.0)
 
 
 def test_class_names_are_fairseqs():
@@ -552,6 +579,7 @@ def test_class_names_are_fairseqs():
         "adagrad": "Adagrad",
         "adam": "FairseqAdam",
         "adamax": "FairseqAdamax",
+        "cpu_adam": "FairseqCPUAdam",
         "lamb": "FairseqLAMB",
         "nag": "FairseqNAG",
         "sgd": "SGD",
