@@ -17,11 +17,11 @@ from fairseq_lite.models.layers import XavierLinear
 
 Kernel = Literal["sdpa", "matmul"]
 
-# Below this many keys the backward pass of torch's fused CPU kernel in bf16 is slower than two
-# plain matrix products and a softmax: forward and backward took 47 ms against 23 at T=32, 74
-# against 33 at T=128, and at T=512 the two were equal (1 thread, 4096 tokens, D=512). In fp32 it is
-# never slower.
-_SHORT = 400
+# Up to this many keys the backward pass of torch's fused CPU kernel in bf16 is slower than two plain
+# matrix products and a softmax. Forward and backward, 1 thread, D=512: with AMX 47 ms against 23 at
+# T=32, 74 against 33 at T=128, equal at T=512 (4096 tokens); without it 60 against 28 at T=256, 98
+# against 50 at T=512, 122 against 99 at T=1024 (2048 tokens). In fp32 it is never slower.
+_SHORT = 512
 
 
 def choose_kernel(
@@ -39,7 +39,7 @@ def choose_kernel(
         return "sdpa"
     if dropout_p > 0.0:
         return "matmul"
-    if dtype != torch.float32 and grad and keys < _SHORT:
+    if dtype != torch.float32 and grad and keys <= _SHORT:
         return "matmul"
     return "sdpa"
 
@@ -76,22 +76,24 @@ def attend(
         k: (B, H, S, K).
         v: (B, H, S, K).
         bias: broadcastable to (B, H, T, S), from `attention_bias`.
-        causal: `bias` is exactly the causal one (T == S), which some kernels need not read.
+        causal: hide the future (T == S) and nothing else; `bias` may then be given or not, and some
+            kernels need not read it.
         dropout_p: dropout on the attention weights.
         need_weights: also return the weights (B, H, T, S) in fp32, before dropout.
     """
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     kernel = choose_kernel(q.device.type, q.dtype, k.size(2), grad=grad, dropout_p=dropout_p)
-    bias = None if bias is None else bias.to(q.dtype)
     if kernel == "sdpa" and not need_weights:
-        mask = None if causal else bias
+        mask = None if causal or bias is None else bias.to(q.dtype)
         mixed = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal
         )
         return mixed, None
     scale = 1.0 / math.sqrt(q.size(-1))
+    if causal and bias is None:
+        bias = attention_bias(causal_blocked(q.size(2), q.device), q.dtype)
     scores = torch.matmul(q, k.transpose(-1, -2))
-    scores = scores * scale if bias is None else torch.add(bias, scores, alpha=scale)
+    scores = scores * scale if bias is None else torch.add(bias.to(q.dtype), scores, alpha=scale)
     if need_weights:
         weights = torch.softmax(scores.float(), dim=-1)
         return torch.matmul(dropout(weights, dropout_p).to(v.dtype), v), weights
@@ -151,12 +153,13 @@ class MultiheadAttention(nn.Module):
             states: (B, S, kv_dim), which keys and values are projected from; `query` itself for
                 self-attention.
             bias: added to the scores, broadcastable to (B, H, T, S); see `attention_bias`.
-            causal: `bias` is exactly the causal one.
+            causal: hide the future and nothing else, with or without a `bias`; see `attend`.
             need_weights: return the weights too.
 
         Returns:
             (B, T, D), and the weights (B, H, T, S) or None.
         """
+        # Three products: a single one over stacked weights was measured no faster on a CPU.
         q, k, v = (
             self.split_heads(x)
             for x in (self.q_proj(query), self.k_proj(states), self.v_proj(states))

@@ -217,17 +217,19 @@ class TransformerDecoder(_Stack):
         x = self.finish(x)
         return (x if features_only else self.output_projection(x)), extra
 
-    def _causal_bias(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
-        """What hides the future, and whether it hides nothing else.
+    def _causal_bias(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, bool]:
+        """What hides the future, and whether nothing else is to be hidden.
 
         Padding at the end is the future of every real token and needs no hiding; padding on the
-        left does.
+        left does. A language model's is never there, so that nothing waits for the device.
         """
-        future = causal_blocked(tokens.size(1), tokens.device)
-        if not bool(tokens[:, 0].eq(self.padding_idx).any()):
-            return attention_bias(future, dtype), True
+        length, device = tokens.size(1), tokens.device
+        if self.cfg.encoder_dim is None or not bool(tokens[:, 0].eq(self.padding_idx).any()):
+            if device.type != "cpu":  # kernels there need no bias
+                return None, True
+            return attention_bias(causal_blocked(length), dtype), True
         padding = tokens.eq(self.padding_idx)[:, None, None, :]
-        return attention_bias(future | padding, dtype), False
+        return attention_bias(causal_blocked(length, device) | padding, dtype), False
 
     def finish(self, x: Tensor) -> Tensor:
         """The last layer's states (…, D) to features (…, D')."""

@@ -157,7 +157,7 @@ class TransformerDecoderLayer(_Layer):
         Args:
             x: (B, T, D).
             bias: hides the future, and padding where it must; broadcastable to (B, H, T, T).
-            causal: `bias` hides the future and nothing else.
+            causal: hide the future and nothing else; `bias`, where given, does just that.
             encoder_states: (B, S, D'), or None without an encoder.
             encoder_bias: (B, 1, 1, S), hides source padding.
             need_weights: return the cross-attention weights.

@@ -68,7 +68,8 @@ def test_rule_for_kernels() -> None:
     assert rule("cuda", torch.bfloat16, 32, True, 0.1) == "sdpa"
     assert rule("cpu", torch.float32, 32, True) == "sdpa"
     assert rule("cpu", torch.bfloat16, 32, True) == "matmul"
-    assert rule("cpu", torch.bfloat16, 512, True) == "sdpa"
+    assert rule("cpu", torch.bfloat16, 512, True) == "matmul"
+    assert rule("cpu", torch.bfloat16, 1024, True) == "sdpa"
     assert rule("cpu", torch.bfloat16, 32, False) == "sdpa"
     assert rule("cpu", torch.float32, 32, True, 0.1) == "matmul"
 
