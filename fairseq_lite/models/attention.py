@@ -17,8 +17,8 @@ from fairseq_lite.models.layers import XavierLinear
 
 Kernel = Literal["sdpa", "matmul"]
 
-# Up to this many keys the backward pass of torch's fused CPU kernel in bf16 is slower than two plain
-# matrix products and a softmax. Forward and backward, 1 thread, D=512: with AMX 47 ms against 23 at
+# Up to this many keys the backward pass of torch's fused CPU kernel in bf16 is slower than plain
+# products and a softmax. Forward and backward, 1 thread, D=512: with AMX 47 ms against 23 at
 # T=32, 74 against 33 at T=128, equal at T=512 (4096 tokens); without it 60 against 28 at T=256, 98
 # against 50 at T=512, 122 against 99 at T=1024 (2048 tokens). In fp32 it is never slower.
 _SHORT = 512
