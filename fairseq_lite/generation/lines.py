@@ -43,6 +43,26 @@ def generate_for_lines(
     if source is None:
         raise ConfigError(f"--task {task.run.task.name}: this task has no source dictionary")
     dataset = task.build_dataset_for_inference([source.encode_line(line) for line in lines])
+    return generate_in_order(
+        session,
+        dataset,
+        max_tokens=max_tokens,
+        max_sentences=max_sentences,
+        max_positions=max_positions,
+        first=first,
+    )
+
+
+def generate_in_order(
+    session: Session,
+    dataset: Any,
+    *,
+    max_tokens: int | None = None,
+    max_sentences: int | None = None,
+    max_positions: Any = None,
+    first: int = 0,
+) -> list[tuple[Translated, float]]:
+    """As `generate_for_lines`, of everything in a dataset."""
     batches = dataset.batches(
         max_tokens=max_tokens,
         max_sentences=max_sentences,
@@ -53,10 +73,10 @@ def generate_for_lines(
     found: dict[int, tuple[Translated, float]] = {}
     for batch in batches:
         found.update(_run(session.translate, dataset, batch, first))
-    for index in range(len(lines)):
+    for index in range(len(dataset)):
         if first + index not in found:
             found.update(_run(session.untranslated, dataset, [index], first))
-    return [found[first + index] for index in range(len(lines))]
+    return [found[first + index] for index in range(len(dataset))]
 
 
 def _run(

@@ -135,7 +135,8 @@ def words_of(
     ends = np.flatnonzero(~join.to_next(tokens)) + 1
     words, start = [], 0
     for end in ends.tolist():
-        text = symbols[start] if end - start == 1 else join.spell(tuple(symbols[start:end]))
+        special = tokens[start] < dictionary.nspecial
+        text = symbols[start] if special else join.spell(tuple(symbols[start:end]))
         words.append(Word(text, float(scores[start:end].sum()), end - start > 1))
         start = end
     return words

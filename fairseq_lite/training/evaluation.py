@@ -101,7 +101,7 @@ def task_choice(typed: Choice, saved: SavedConfig) -> Choice:
 
 # What the weights of a language model were made for. Where blocks end is another matter: that is
 # a question of evaluation.
-_OF_THE_WEIGHTS = ("tokens_per_sample", "output_dictionary_size", "add_bos_token")
+_OF_THE_WEIGHTS = {"tokens_per_sample", "output_dictionary_size", "add_bos_token"}
 
 
 def as_trained(run: RunConfig, registries: Mapping[str, Registry]) -> RunConfig:
@@ -111,14 +111,19 @@ def as_trained(run: RunConfig, registries: Mapping[str, Registry]) -> RunConfig:
     fairseq expects them to be typed again. Other tasks stay as they are.
     """
     paths = inference.split_paths(run.common_eval.path or "")
-    names = {field.name for field in dataclasses.fields(run.task.config)}
-    if not paths or not names.issuperset(_OF_THE_WEIGHTS):
+    own = {field.name for field in dataclasses.fields(run.task.config)}
+    if not paths or not own.issuperset(_OF_THE_WEIGHTS):
         return run
     trained = inference.saved_config(paths[0], registries, run.common_eval.model_overrides).task
+    fields = dataclasses.fields(trained.config)
+    if not {field.name for field in fields}.issuperset(_OF_THE_WEIGHTS):
+        return run
+    # A start symbol for each language belongs to the vocabulary.
+    wanted = _OF_THE_WEIGHTS | ({"langs"} if trained.config.add_bos_token else set())
     changed = {
         field.name: getattr(trained.config, field.name)
-        for field in dataclasses.fields(trained.config)
-        if field.name in _OF_THE_WEIGHTS
+        for field in fields
+        if field.name in wanted & own
         and getattr(run.task.config, field.name) == default_of(field)
         and getattr(trained.config, field.name) != default_of(field)
     }

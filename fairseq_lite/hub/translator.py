@@ -1,33 +1,21 @@
-"""Trained models from Python: no command line, no data folder.
-
-    from fairseq_lite import hub
-
-    translator = hub.load("checkpoints/checkpoint_best.pt")
-    translator.translate("A man rides a horse.")
-    translator.translate(["One.", "Two."], beam=4, lenpen=0.6)
-
-A checkpoint carries its dictionaries and its segmentation model, so one file is enough.
-"""
+"""A translation model without a command line."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, overload
 
 import torch
 
-from fairseq_lite.builtins import load_builtins
 from fairseq_lite.config.core import CommonConfig, GenerationConfig
 from fairseq_lite.data.text.api import build_codecs
-from fairseq_lite.errors import CheckpointError, ConfigError
+from fairseq_lite.errors import ConfigError
 from fairseq_lite.generation.evaluate import Texts, Translated
 from fairseq_lite.generation.lines import generate_for_lines
 from fairseq_lite.generation.session import DEFAULT_MAX_TOKENS, Session, place
-from fairseq_lite.plugins import import_user_dir
+from fairseq_lite.hub.options import generation_config
 from fairseq_lite.tasks.api import resolve_max_positions
-from fairseq_lite.training.checkpoint.inference import Ensemble, load_models
+from fairseq_lite.training.checkpoint.inference import Ensemble
 
 
 class Translator:
@@ -85,11 +73,7 @@ class Translator:
 
     def records(self, lines: Sequence[str], **options: Any) -> list[Translated]:
         """As `translate`, with scores and every hypothesis (`nbest`)."""
-        known = {field.name for field in dataclasses.fields(GenerationConfig)}
-        unknown = sorted(set(options) - known)
-        if unknown:
-            raise ConfigError(f"translate(): unknown option {unknown[0]!r}")
-        cfg = GenerationConfig(**options)
+        cfg = generation_config(options, "translate")
         session = Session(
             self._ensemble.task.build_generator(self._ensemble.models, cfg),
             self._ensemble.models,
@@ -106,47 +90,3 @@ class Translator:
                 max_positions=self._limits,
             )
         return [record for record, _ in found]
-
-
-def load(
-    path: str | Path | Sequence[str | Path],
-    *,
-    device: str | None = None,
-    bf16: bool = False,
-    fp16: bool = False,
-    user_dir: str | Path | None = None,
-    overrides: dict[str, Any] | None = None,
-) -> Translator:
-    """Load a trained model.
-
-    Args:
-        path: a checkpoint, several separated by colons or in a list (an ensemble), or a folder that
-            holds checkpoint_best.pt or checkpoint_last.pt.
-        device: "cpu" or "cuda"; by default CUDA where there is one.
-        bf16: compute in bfloat16.
-        fp16: compute in float16 (CUDA).
-        user_dir: the plugin the model needs, as `--user-dir`.
-        overrides: model fields to replace, as `--model-overrides`.
-
-    Raises:
-        CheckpointError: no such file, damaged, or without its dictionaries.
-    """
-    if user_dir is not None:
-        import_user_dir(user_dir)
-    if device not in (None, "cpu", "cuda"):
-        raise ConfigError(f"device {device!r}: expected 'cpu' or 'cuda'")
-    names = path.split(":") if isinstance(path, str) else path
-    files = [names] if isinstance(names, Path) else [Path(name) for name in names]
-    ensemble = load_models(
-        [str(_file(each)) for each in files], load_builtins(), overrides=overrides
-    )
-    return Translator(ensemble, CommonConfig(cpu=device == "cpu", bf16=bf16, fp16=fp16))
-
-
-def _file(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
-        if (path / name).is_file():
-            return path / name
-    raise CheckpointError(f"{path}: holds neither checkpoint_best.pt nor checkpoint_last.pt")

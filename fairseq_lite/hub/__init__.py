@@ -1,0 +1,78 @@
+"""Trained models from Python: no command line, no data folder.
+
+    from fairseq_lite import hub
+
+    translator = hub.load("checkpoints/checkpoint_best.pt")
+    translator.translate("A man rides a horse.")
+    translator.translate(["One.", "Two."], beam=4, lenpen=0.6)
+
+    model = hub.load("lm/checkpoint_best.pt")
+    model.score("It was a dark and stormy night.").perplexity
+    model.sample("Once upon a time", sampling=True, sampling_topp=0.9, seed=3)
+
+A checkpoint carries its dictionaries and its segmentation model, so one file is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fairseq_lite.builtins import load_builtins
+from fairseq_lite.config.core import CommonConfig
+from fairseq_lite.errors import CheckpointError, ConfigError
+from fairseq_lite.hub.language_model import LanguageModel, ScoredText
+from fairseq_lite.hub.translator import Translator
+from fairseq_lite.plugins import import_user_dir
+from fairseq_lite.tasks.language_modeling import LanguageModelingTask
+from fairseq_lite.training.checkpoint.inference import load_models
+
+__all__ = ["LanguageModel", "ScoredText", "Translator", "load"]
+
+
+def load(
+    path: str | Path | Sequence[str | Path],
+    *,
+    device: str | None = None,
+    bf16: bool = False,
+    fp16: bool = False,
+    user_dir: str | Path | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> Translator | LanguageModel:
+    """Load a trained model: a `Translator`, or a `LanguageModel` if it was trained as one.
+
+    Args:
+        path: a checkpoint, several separated by colons or in a list (an ensemble), or a folder that
+            holds checkpoint_best.pt or checkpoint_last.pt.
+        device: "cpu" or "cuda"; by default CUDA where there is one.
+        bf16: compute in bfloat16.
+        fp16: compute in float16 (CUDA).
+        user_dir: the plugin the model needs, as `--user-dir`.
+        overrides: model fields to replace, as `--model-overrides`.
+
+    Raises:
+        CheckpointError: no such file, damaged, or without its dictionaries.
+    """
+    if user_dir is not None:
+        import_user_dir(user_dir)
+    if device not in (None, "cpu", "cuda"):
+        raise ConfigError(f"device {device!r}: expected 'cpu' or 'cuda'")
+    names = path.split(":") if isinstance(path, str) else path
+    files = [names] if isinstance(names, Path) else [Path(name) for name in names]
+    ensemble = load_models(
+        [str(_file(each)) for each in files], load_builtins(), overrides=overrides
+    )
+    common = CommonConfig(cpu=device == "cpu", bf16=bf16, fp16=fp16)
+    if isinstance(ensemble.task, LanguageModelingTask):
+        return LanguageModel(ensemble, common)
+    return Translator(ensemble, common)
+
+
+def _file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
+        if (path / name).is_file():
+            return path / name
+    raise CheckpointError(f"{path}: holds neither checkpoint_best.pt nor checkpoint_last.pt")

@@ -1,0 +1,319 @@
+"""A language model without a command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fairseq_lite.config.core import CommonConfig, GenerationConfig
+from fairseq_lite.data.prompts import PromptDataset
+from fairseq_lite.data.text.api import build_codecs
+from fairseq_lite.errors import ConfigError
+from fairseq_lite.generation.continuation import ContinuationGenerator
+from fairseq_lite.generation.evaluate import Output, Texts, Translated
+from fairseq_lite.generation.likelihood import TargetScorer
+from fairseq_lite.generation.lines import generate_in_order
+from fairseq_lite.generation.session import DEFAULT_MAX_TOKENS, Session, place
+from fairseq_lite.hub.options import generation_config
+from fairseq_lite.tasks.api import to_device
+from fairseq_lite.tasks.language_modeling import LanguageModelingTask
+from fairseq_lite.training.checkpoint.inference import Ensemble
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredText:
+    """How likely a language model finds a text.
+
+    Attributes:
+        text: as it was given.
+        tokens: the symbols that were scored.
+        log_probs: the log-probability of each, natural.
+    """
+
+    text: str
+    tokens: list[str]
+    log_probs: list[float]
+
+    @property
+    def total(self) -> float:
+        """The log-probability of the text, natural."""
+        return math.fsum(self.log_probs)
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token; NaN where there is none."""
+        return math.exp(-self.total / len(self.tokens)) if self.tokens else math.nan
+
+
+class LanguageModel:
+    """A trained language model, or an ensemble of several.
+
+    Args:
+        ensemble: what `load_models` returned.
+        common: device and precision: `cpu`, `bf16`, `fp16`, `seed`.
+    """
+
+    def __init__(self, ensemble: Ensemble, common: CommonConfig) -> None:
+        task, saved = ensemble.task, ensemble.configs[0]
+        assert isinstance(task, LanguageModelingTask)
+        self._ensemble, self._task = ensemble, task
+        self.dictionary = task.source_dictionary
+        self.device = place(ensemble.models, common, GenerationConfig())
+        self._encode, self._decode = build_codecs(saved.tokenizer, saved.bpe)
+        self._scorer = TargetScorer(ensemble.models, self.dictionary.pad())
+        self._limit = min(model.max_positions() for model in ensemble.models)
+
+    @property
+    def models(self) -> list[Any]:
+        """The PyTorch modules, in evaluation mode."""
+        return list(self._ensemble.models)
+
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens a text may have, its prompt included; one goes to the start symbol."""
+        return int(self._limit) - 1
+
+    @overload
+    def score(  # type: ignore[overload-overlap]
+        self,
+        text: str,
+        prompt: str | None = None,
+        *,
+        end: bool = False,
+        start: str | None = None,
+    ) -> ScoredText: ...
+
+    @overload
+    def score(
+        self,
+        text: Sequence[str],
+        prompt: str | Sequence[str] | None = None,
+        *,
+        end: bool = False,
+        start: str | None = None,
+    ) -> list[ScoredText]: ...
+
+    def score(
+        self,
+        text: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
+        *,
+        end: bool = False,
+        start: str | None = None,
+    ) -> ScoredText | list[ScoredText]:
+        """Score raw text: one, or several at once.
+
+        With a prompt, the text is scored behind it: what counts are the tokens of prompt and text
+        together that the prompt alone does not begin with. Nothing is put between the two.
+
+        Args:
+            text: a text or a list of them, not segmented.
+            prompt: what the text comes behind and is not scored: one for all, or one for each.
+            end: score the end of the text too.
+            start: the symbol texts begin with, where the model knows several, as `"<de>"`.
+
+        Returns:
+            Scores in the order of the texts; one for one string.
+
+        Raises:
+            ConfigError: a text is longer than the model takes, or there are not as many prompts.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        prompts = [prompt] * len(texts) if prompt is None or isinstance(prompt, str) else prompt
+        if len(prompts) != len(texts):
+            raise ConfigError(f"score(): {len(texts)} texts and {len(prompts)} prompts")
+        ids = [self.encode((p or "") + t) for t, p in zip(texts, prompts, strict=True)]
+        skips = [
+            0 if not p else _shared(self.encode(p), whole)
+            for p, whole in zip(prompts, ids, strict=True)
+        ]
+        found = [
+            ScoredText(t, [self.dictionary[i] for i in tokens], scores)
+            for t, (tokens, scores) in zip(
+                texts, self.score_tokens(ids, skips, end=end, start=start), strict=True
+            )
+        ]
+        return found[0] if isinstance(text, str) else found
+
+    def encode(self, text: str) -> npt.NDArray[np.int64]:
+        """The ids of a text, without an end symbol."""
+        return self.dictionary.encode_line(self._encode(text), append_eos=False)
+
+    @torch.inference_mode()
+    def score_tokens(
+        self,
+        sequences: Sequence[npt.NDArray[np.int64]],
+        skips: Sequence[int] | None = None,
+        *,
+        end: bool = False,
+        start: str | None = None,
+    ) -> list[tuple[list[int], list[float]]]:
+        """Score sequences of ids, in batches by length.
+
+        Args:
+            sequences: without start and end symbols.
+            skips: how many tokens of each are read and not scored.
+            end: score the end symbol too.
+            start: see `score`.
+
+        Returns:
+            For each sequence the tokens that were scored and their log-probabilities.
+
+        Raises:
+            ConfigError: one is longer than the model takes.
+        """
+        for i, ids in enumerate(sequences):
+            self._check_length(i, len(ids))
+        pad = self.dictionary.pad()
+        dataset = PromptDataset(
+            sequences,
+            start=self._start(start),
+            end=self.dictionary.eos() if end else pad,
+            pad=pad,
+        )
+        found: list[tuple[list[int], list[float]]] = [([], [])] * len(sequences)
+        for batch in dataset.batches(max_tokens=DEFAULT_MAX_TOKENS):
+            sample = dataset.collate(batch)
+            target = self._targets(sample["target"])
+            for row, i in enumerate(sample["id"].tolist()):
+                target[row, : 0 if skips is None else skips[i]] = pad
+            inputs = to_device(sample["net_input"], self.device)
+            scores = self._scorer.score(inputs, target.to(self.device)).cpu()
+            for row, i in enumerate(sample["id"].tolist()):
+                real = target[row].ne(pad)
+                found[i] = (sample["target"][row][real].tolist(), scores[row][real].tolist())
+        return found
+
+    def _targets(self, target: Tensor) -> Tensor:
+        """What the models can predict: a smaller vocabulary knows the rest as unknown."""
+        known = self._task.target_dictionary
+        return target.masked_fill(target >= len(known), known.unk())
+
+    @overload
+    def sample(
+        self,
+        text: str,
+        *,
+        echo: bool = True,
+        seed: int | None = None,
+        start: str | None = None,
+        **options: Any,
+    ) -> str: ...
+
+    @overload
+    def sample(
+        self,
+        text: Sequence[str],
+        *,
+        echo: bool = True,
+        seed: int | None = None,
+        start: str | None = None,
+        **options: Any,
+    ) -> list[str]: ...
+
+    def sample(
+        self,
+        text: str | Sequence[str],
+        *,
+        echo: bool = True,
+        seed: int | None = None,
+        start: str | None = None,
+        **options: Any,
+    ) -> str | list[str]:
+        """Go on from raw text: one prefix, or several at once.
+
+        Args:
+            text: a prefix or a list of them, not segmented; an empty one begins a text.
+            echo: return the prefix as well, as fairseq does; otherwise what comes behind it.
+            seed: of sampling; each prefix draws from its own stream.
+            start: see `score`.
+            options: fields of `GenerationConfig`: beam (1 by default), sampling, sampling_topk,
+                sampling_topp, temperature, max_len_b (which counts the prefix), …
+
+        Returns:
+            The best output for each prefix, detokenised; one string for one string.
+
+        Raises:
+            ConfigError: an option that does not exist or contradicts another, or a prefix that
+                leaves no room.
+        """
+        lines = [text] if isinstance(text, str) else list(text)
+        records = self.records(lines, seed=seed, start=start, **options)
+        found = [record.outputs[0].detokenised for record in records]
+        if not echo:
+            found = [
+                self._behind(line, record.outputs[0])
+                for line, record in zip(lines, records, strict=True)
+            ]
+        return found[0] if isinstance(text, str) else found
+
+    def records(
+        self,
+        lines: Sequence[str],
+        *,
+        seed: int | None = None,
+        start: str | None = None,
+        **options: Any,
+    ) -> list[Translated]:
+        """As `sample`, with scores and every output (`nbest`); scores count the prefix."""
+        cfg = generation_config({"beam": 1, **options}, "sample")
+        if cfg.prefix_size or cfg.score_reference:
+            raise ConfigError("sample(): prefix_size and score_reference need references")
+        prompts = [self.encode(line) for line in lines]
+        for i, ids in enumerate(prompts):
+            self._check_length(i, len(ids))
+            longest = int(cfg.max_len_a * (len(ids) + 1) + cfg.max_len_b)
+            if len(ids) >= longest:
+                raise ConfigError(
+                    f"text {i} has {len(ids)} tokens and leaves no room: max_len_b={cfg.max_len_b}"
+                    " counts them too; raise it"
+                )
+        first, pad = self._start(start), self.dictionary.pad()
+        generator = ContinuationGenerator(
+            self._ensemble.models,
+            self._task.target_dictionary,
+            cfg,
+            start=first,
+            seed=self._task.run.common.seed if seed is None else seed,
+        )
+        texts = Texts(self.dictionary, self.dictionary, decode=self._decode)
+        session = Session(generator, self._ensemble.models, texts, cfg, device=self.device)
+        dataset = PromptDataset(prompts, start=first, end=pad, pad=pad)
+        found = generate_in_order(session, dataset, max_tokens=DEFAULT_MAX_TOKENS)
+        return [record for record, _ in found]
+
+    def _start(self, symbol: str | None) -> int:
+        if symbol is None:
+            return self._task.first_token
+        if symbol not in self.dictionary:
+            raise ConfigError(f"start={symbol!r}: not in the model's dictionary")
+        return self.dictionary.index(symbol)
+
+    def _check_length(self, number: int, tokens: int) -> None:
+        if tokens > self.max_tokens:
+            raise ConfigError(
+                f"text {number} has {tokens} tokens; the model takes {self.max_tokens} behind its"
+                " start symbol: cut the text"
+            )
+
+    def _behind(self, line: str, output: Output) -> str:
+        """What an output has behind its prefix."""
+        pieces, given = output.text.split(" "), len(self._encode(line).split())
+        head = self._decode(" ".join(pieces[:given]))
+        if output.detokenised.startswith(head):
+            return output.detokenised[len(head) :]
+        return self._decode(" ".join(pieces[given:]))
+
+
+def _shared(prompt: npt.NDArray[np.int64], whole: npt.NDArray[np.int64]) -> int:
+    """How many tokens both begin with: a piece of a word may reach over the end of the prompt."""
+    n = min(len(prompt), len(whole))
+    differing = np.flatnonzero(prompt[:n] != whole[:n])
+    return int(differing[0]) if len(differing) else n
