@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fairseq_lite.builtins import load_builtins
 from fairseq_lite.config.core import RunConfig
-from fairseq_lite.config.parse import parse
-from fairseq_lite.parallel.launch import launch
 from fairseq_lite.parallel.world import World
 from fairseq_lite.training import trainer as trainer_module
 from fairseq_lite.training.run import train
 from tests.helpers.commands import flite_process
+from tests.helpers.reference import compared, differ, reference_log, train_here, train_inner
 from tests.helpers.shared import shared_dir
 
-# Timings mean nothing, and the sixth digit of a perplexity is beyond what two machines agree on.
-COMPARED = (
-    "epoch",
-    "update",
-    "loss",
-    "nll_loss",
-    "wpb",
-    "bsz",
-    "num_updates",
-    "lr",
-    "gnorm",
-    "clip",
-)
 DIMENSIONS = (
     "--encoder-embed-dim 128 --decoder-embed-dim 128 --encoder-ffn-embed-dim 256 "
     "--decoder-ffn-embed-dim 256 --encoder-layers 2 --decoder-layers 2 "
@@ -63,25 +47,9 @@ def command_line(variant: str, log: Path, updates: int) -> list[str]:
 
 
 def our_log(variant: str, folder: Path, updates: int, fn: Any = train) -> list[dict[str, Any]]:
-    """Train in this process, so that `fn` or a patched class can carry a bug."""
     log = folder / "log.txt"
-    run = parse("flite-train", command_line(variant, log, updates), load_builtins())
-    launch(fn, run, setup=load_builtins)
+    train_here(command_line(variant, log, updates), fn)
     return train_inner(log)
-
-
-def train_inner(log: Path) -> list[dict[str, Any]]:
-    marked = [line.split(" | train_inner | ") for line in log.read_text().splitlines()]
-    return [json.loads(parts[1]) for parts in marked if len(parts) == 2]
-
-
-def reference_log(variant: str, updates: int) -> list[dict[str, Any]]:
-    path = shared_dir("reference", "mt", "logs", f"{variant}.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()][:updates]
-
-
-def compared(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: record[key] for key in COMPARED if key in record} for record in log]
 
 
 @pytest.mark.timeout(300)
@@ -95,18 +63,12 @@ def test_twenty_updates_equal_the_reference(
     log = tmp_path / "log.txt"
     done = flite_process("train", *command_line(variant, log, updates=20), timeout=240)
     assert done.returncode == 0, done.stderr
-    ours, theirs = train_inner(log), reference_log(variant, updates=20)
+    ours, theirs = train_inner(log), reference_log("mt", variant, updates=20)
     assert compared(ours) == compared(theirs)
     keys = [list(record) for record in theirs]
     assert [list(record) for record in ours] == keys, "same keys in the same order"
     for mine, other in zip(ours, theirs, strict=True):
         assert float(mine["ppl"]) == pytest.approx(float(other["ppl"]), rel=1e-5)
-
-
-def gnorms_differ(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> bool:
-    """By far more than rounding."""
-    pairs = [(float(m["gnorm"]), float(o["gnorm"])) for m, o in zip(ours, theirs, strict=True)]
-    return any(abs(mine - other) > 0.01 * other for mine, other in pairs)
 
 
 # A comparison that has never failed proves nothing: two bugs that have happened, put in on purpose.
@@ -129,7 +91,7 @@ def train_with_local_sample_size(run: RunConfig, world: World) -> None:
 @pytest.mark.timeout(120)
 def test_dividing_by_the_local_sample_size_is_noticed(tmp_path: Path) -> None:
     ours = our_log("np2", tmp_path, updates=3, fn=train_with_local_sample_size)
-    assert gnorms_differ(ours, reference_log("np2", 3))
+    assert differ(ours, reference_log("mt", "np2", 3), "gnorm")
 
 
 @pytest.mark.timeout(120)
@@ -146,6 +108,6 @@ def test_dropping_the_gradient_of_a_micro_batch_is_noticed(
         return totals
 
     monkeypatch.setattr(trainer_module.Trainer, "_accumulate", forget)
-    ours, theirs = our_log("uf2", tmp_path, updates=3), reference_log("uf2", 3)
+    ours, theirs = our_log("uf2", tmp_path, updates=3), reference_log("mt", "uf2", 3)
     assert ours[0]["loss"] == theirs[0]["loss"], "the sums themselves are right"
-    assert gnorms_differ(ours, theirs)
+    assert differ(ours, theirs, "gnorm")
