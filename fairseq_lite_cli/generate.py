@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,18 +16,23 @@ import torch
 from tqdm import tqdm
 
 from fairseq_lite.builtins import load_builtins
-from fairseq_lite.config.core import Choice, CommonConfig, RunConfig
+from fairseq_lite.config.core import Choice, CommonConfig, GenerationConfig, RunConfig
 from fairseq_lite.config.parse import parse
 from fairseq_lite.config.serial import to_plain
 from fairseq_lite.data.text.api import build_codecs
 from fairseq_lite.data.text.recorded import adopt
-from fairseq_lite.errors import ConfigError
-from fairseq_lite.generation.evaluate import PieceWatch, Texts, add_to
+from fairseq_lite.errors import CheckpointError, ConfigError
+from fairseq_lite.generation.continuation import ContinuationGenerator
+from fairseq_lite.generation.evaluate import Generator, PieceWatch, Texts, add_to
+from fairseq_lite.generation.generator import SequenceGenerator
 from fairseq_lite.generation.output import lines
 from fairseq_lite.generation.session import DEFAULT_MAX_TOKENS, Session, place
+from fairseq_lite.models.api import Model
+from fairseq_lite.registry import Registry
 from fairseq_lite.scoring import SCORERS, Scorer
 from fairseq_lite.scoring.standard import SacrebleuConfig
 from fairseq_lite.tasks.api import Task, build_task, resolve_max_positions
+from fairseq_lite.tasks.language_modeling import LanguageModelingTask
 from fairseq_lite.training.checkpoint.inference import load_models
 from fairseq_lite.training.evaluation import as_trained
 from fairseq_lite_cli.entry import run_command
@@ -55,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = place(loaded.models, run.common, run.generation)
     sources = raw_sources(run, task)
     session = Session(
-        task.build_generator(loaded.models, run.generation),
+        make_generator(run, task, loaded.models, registries),
         loaded.models,
         make_texts(run, task),
         run.generation,
@@ -67,6 +73,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     with output_file(run) as out:
         generate(run, task, session, scorer, limits, out)
+
+
+def make_generator(
+    run: RunConfig, task: Task, models: Sequence[Model], registries: Mapping[str, Registry]
+) -> Generator:
+    """The task's generator, with the language model of --lm-path where there is one.
+
+    Raises:
+        ConfigError: the task's generator cannot add one.
+        CheckpointError: the language model has another dictionary.
+    """
+    cfg = run.generation
+    alone = dataclasses.replace(cfg, lm_path=None)
+    generator: Generator = task.build_generator(models, alone)
+    if cfg.lm_path is None:
+        return generator
+    if not isinstance(generator, SequenceGenerator) or isinstance(generator, ContinuationGenerator):
+        raise ConfigError("--lm-path: a language model is added to translations only")
+    added = load_models([cfg.lm_path], registries)
+    if not isinstance(added.task, LanguageModelingTask):
+        raise ConfigError(f"--lm-path {cfg.lm_path}: this is no language model")
+    if added.task.target_dictionary != task.target_dictionary:
+        raise CheckpointError(
+            f"--lm-path {cfg.lm_path}: its dictionary is not the target dictionary: train it on"
+            " data made with flite-preprocess --only-source --srcdict dict.TARGET.txt"
+        )
+    place(added.models, run.common, GenerationConfig())
+    generator.fuse(added.models[0], cfg.lm_weight)
+    return generator
 
 
 def generate(

@@ -27,7 +27,7 @@ from fairseq_lite.tasks.api import Task, build_task, resolve_max_positions
 from fairseq_lite.training.checkpoint.inference import load_models, with_segmentation
 from fairseq_lite.training.evaluation import as_trained
 from fairseq_lite_cli.entry import run_command
-from fairseq_lite_cli.generate import codecs, log_to_stderr, make_texts
+from fairseq_lite_cli.generate import codecs, log_to_stderr, make_generator, make_texts
 
 logger = logging.getLogger("fairseq_lite_cli.interactive")
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     known: dict[int, str] = {}
     first = 0
     session = Session(
-        task.build_generator(loaded.models, run.generation),
+        make_generator(run, task, loaded.models, registries),
         loaded.models,
         make_texts(run, task),
         run.generation,

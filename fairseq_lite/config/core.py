@@ -303,6 +303,10 @@ class GenerationConfig:
         None, "keep dropout on in modules of these class names only"
     )
     eos_token: str | None = flag(None, "the symbol that ends an output instead of </s>")
+    lm_path: str | None = flag(
+        None, "add a language model over the same dictionary to every step: FILE.pt"
+    )
+    lm_weight: float = flag(1.0, "what --lm-path's log-probabilities are multiplied with")
 
     def __post_init__(self) -> None:
         if self.beam < 1:

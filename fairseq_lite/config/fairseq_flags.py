@@ -270,8 +270,6 @@ COMING: dict[str, str] = {
     "--checkpoint-shard-count": "it comes with sharded checkpoints; leave it out",
     "--checkpoint-suffix": "it comes with sharded checkpoints; name the file in --path",
     "--constraints": "constrained search comes later; use --prefix-size for a forced beginning",
-    "--lm-path": "fusion with a language model comes with language models",
-    "--lm-weight": "fusion with a language model comes with language models",
     "--load-alignments": "training on alignments comes later; leave it out",
     "--distributed-backend": _ONE_PROCESS,
     "--distributed-init-method": _ONE_PROCESS,

@@ -95,6 +95,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "ema_fp32": ("store_ema",),
     "diverse_beam_strength": ("diverse_beam_groups",),
     "retain_dropout_modules": ("retain_dropout",),
+    "lm_weight": ("lm_path",),
     **dict.fromkeys(_IN_VALIDATION - {"eval_bleu"}, ("eval_bleu",)),
 }
 

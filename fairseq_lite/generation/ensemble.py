@@ -163,3 +163,31 @@ class EnsembleDecoder:
         """Go on with these sentences of the batch only."""
         for decoder in self.decoders:
             decoder.keep(sentences)
+
+
+class FusedDecoder(EnsembleDecoder):
+    """Adds a language model to every step (`--lm-path`): log p + weight x log p of the model.
+
+    Args:
+        decoder: what is added to.
+        model: the language model.
+        language_model: its decoder, which has read nothing yet.
+        weight: what its log-probabilities are multiplied with.
+    """
+
+    def __init__(
+        self,
+        decoder: EnsembleDecoder,
+        model: Model,
+        language_model: IncrementalDecoder,
+        weight: float,
+    ) -> None:
+        super().__init__([*decoder.models, model], [*decoder.decoders, language_model])
+        self.decoder, self.model, self.language_model = decoder, model, language_model
+        self.weight = weight
+
+    def step(self, tokens: Tensor, parents: Tensor | None, temperature: float = 1.0) -> Tensor:
+        """See `EnsembleDecoder.step`; no temperature for the language model, as in fairseq."""
+        logits = self.language_model.step(tokens, parents)
+        added = self.model.get_normalized_probs((logits, {}), log_probs=True)
+        return self.decoder.step(tokens, parents, temperature) + self.weight * added

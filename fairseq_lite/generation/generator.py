@@ -23,7 +23,8 @@ from torch import Tensor
 from fairseq_lite.config.core import GenerationConfig
 from fairseq_lite.errors import ConfigError
 from fairseq_lite.generation import search
-from fairseq_lite.generation.ensemble import Ensemble, EnsembleDecoder
+from fairseq_lite.generation.ensemble import Ensemble, EnsembleDecoder, FusedDecoder
+from fairseq_lite.generation.incremental import language_model_decoder
 from fairseq_lite.models.api import Model
 
 
@@ -147,6 +148,21 @@ class SequenceGenerator:
         # Padding is never chosen, so there are no more different first tokens than this.
         self.beam = min(cfg.beam, len(tgt_dict) - 1)
         self.strategy = make_strategy(cfg, seed)
+        self._fused: tuple[Model, float] | None = None
+        if cfg.lm_path is not None:
+            raise ConfigError(
+                "lm_path: flite-generate and flite-interactive add a language model, with"
+                " --lm-path; here it cannot be added"
+            )
+
+    def fuse(self, language_model: Model, weight: float) -> None:
+        """Add a language model's log-probabilities, times `weight`, at every step.
+
+        Args:
+            language_model: over the target dictionary, in evaluation mode.
+            weight: `--lm-weight`.
+        """
+        self._fused = language_model, weight
 
     @property
     def ignored_symbols(self) -> set[int]:
@@ -173,8 +189,20 @@ class SequenceGenerator:
         self.strategy.begin(range(len(src_tokens)) if ids is None else ids.tolist())
         max_len = self.longest(src_tokens)
         decoder = self.ensemble.start(src_tokens, src_lengths, beam=self.beam, max_len=max_len)
+        if self._fused is not None:
+            decoder = self._with_language_model(decoder, len(src_tokens), max_len)
         lengths = src_tokens.ne(self.pad).sum(dim=1)
         return Search(self, decoder, lengths, max_len, forced=prefix_tokens).finished_lists()
+
+    def _with_language_model(
+        self, decoder: EnsembleDecoder, sentences: int, max_len: int
+    ) -> FusedDecoder:
+        assert self._fused is not None
+        model, weight = self._fused
+        own = language_model_decoder(
+            model, sentences=sentences, beam=self.beam, max_len=max_len, pad=self.pad
+        )
+        return FusedDecoder(decoder, model, own, weight)
 
     def longest(self, src_tokens: Tensor) -> int:
         """The greatest number of tokens an output may have before its end symbol.
@@ -189,6 +217,8 @@ class SequenceGenerator:
         else:
             max_len = int(cfg.max_len_a * src_tokens.size(1) + cfg.max_len_b)
         limit = self.ensemble.max_target_positions()
+        if self._fused is not None:
+            limit = min(limit or max_len + 1, self._fused[0].max_positions())
         if limit is not None:
             max_len = min(max_len, limit - 1)
         self.check_min_len(max_len)

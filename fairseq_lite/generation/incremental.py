@@ -136,7 +136,7 @@ def language_model_decoder(
     if can_cache(model):
         assert isinstance(model, TransformerLanguageModel)
         return TreeDecoder(model.decoder, None, beam=beam, max_len=max_len, sentences=sentences)
-    return RecomputingLanguageModel(model, beam=beam, pad=pad)
+    return RecomputingLanguageModel(model, sentences=sentences, beam=beam, pad=pad)
 
 
 class RecomputingDecoder(IncrementalDecoder):
@@ -240,16 +240,18 @@ class RecomputingLanguageModel(PrefixDecoder):
 
     Args:
         model: its forward pass takes tokens (B, T) and their lengths, and returns logits.
+        sentences: B.
         beam: K.
         pad: the padding symbol.
     """
 
-    def __init__(self, model: Model, *, beam: int, pad: int) -> None:
+    def __init__(self, model: Model, *, sentences: int, beam: int, pad: int) -> None:
         self.model = model
         self.beam = beam
         self.pad = pad
-        self.tokens = torch.empty(0)
-        self.lengths = torch.empty(0)
+        device = next(model.parameters()).device
+        self.tokens = torch.zeros(sentences, beam, 0, dtype=torch.long, device=device)
+        self.lengths = torch.zeros(sentences, dtype=torch.long, device=device)
 
     def prefill(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """See `PrefixDecoder.prefill`."""
@@ -269,12 +271,14 @@ class RecomputingLanguageModel(PrefixDecoder):
         # Rows are as long as they are: a new token takes the place of the first padding.
         self.tokens = F.pad(self.tokens, (0, 1), value=0)
         place = self.lengths[:, None, None].expand(-1, self.beam, 1)
-        self.tokens = self.tokens.scatter(2, place, tokens[..., None])
+        every = tokens[..., None].expand(-1, self.beam, -1)
+        self.tokens = self.tokens.scatter(2, place, every)
         self.lengths = self.lengths + 1
         lengths = self.lengths.repeat_interleave(self.beam)
         logits = self.model(self._padded().flatten(0, 1), lengths)[0]
         last = (lengths - 1)[:, None, None].expand(-1, 1, logits.size(2))
-        return logits.gather(1, last).view(*tokens.shape, -1)  # type: ignore[no-any-return]
+        found: Tensor = logits.gather(1, last).unflatten(0, (-1, self.beam))[:, :, 0]
+        return found[:, : tokens.size(1)]
 
     def _padded(self) -> Tensor:
         """The tokens; behind a row's own there is padding, which no earlier position sees."""

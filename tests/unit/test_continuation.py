@@ -69,13 +69,12 @@ def assert_same(a, b, tolerance=1e-5):
 def walk(model, tree, *, steps=20, beam=3, wrong=False):
     """Prefixes, then random tokens reordered at random, a sentence dropped on the way."""
     inputs = make_prefixes([6, 0, 3, 9])["net_input"]
-    make = (
-        language_model_decoder
-        if tree
-        else lambda m, **k: RecomputingLanguageModel(m, beam=k["beam"], pad=k["pad"])
-    )
-    decoder = make(model, sentences=4, beam=beam, max_len=steps, pad=PAD)
-    assert isinstance(decoder, TreeDecoder) == tree
+    shape = {"sentences": 4, "beam": beam, "pad": PAD}
+    if tree:
+        decoder = language_model_decoder(model, max_len=steps, **shape)
+        assert isinstance(decoder, TreeDecoder)
+    else:
+        decoder = RecomputingLanguageModel(model, **shape)
     lengths = inputs["src_lengths"]
     states = decoder.prefill(inputs["src_tokens"], lengths - 1 if wrong else lengths)
     real = inputs["src_tokens"].ne(PAD)

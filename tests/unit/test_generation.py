@@ -17,7 +17,16 @@ from fairseq_lite.generation.incremental import (
     incremental_decoder,
 )
 from fairseq_lite.generation.reference import ReferenceScorer
-from tests.helpers.generation import PlainModel, make_dictionary, make_model, make_sample, one_of
+from fairseq_lite.models.transformer_lm import TransformerLanguageModel
+from tests.helpers.generation import (
+    PlainLanguageModel,
+    PlainModel,
+    make_dictionary,
+    make_language_model,
+    make_model,
+    make_sample,
+    one_of,
+)
 
 LENGTHS = [9, 7, 6, 4, 1]
 
@@ -334,3 +343,44 @@ def test_bf16_and_retained_dropout_run():
     noisy = [generator(dropped).generate(make_sample(LENGTHS)) for _ in range(2)]
     best = [[hs[0].score for hs in found] for found in (plain, *noisy)]
     assert best[0] != best[1] != best[2]
+
+
+# -- a language model on top ----------------------------------------------------------------------
+
+
+def fused(weight, language_model=None, sample=None, **options):
+    one = generator(**options)
+    one.fuse(language_model or make_language_model(), weight)
+    return one.generate(make_sample(LENGTHS) if sample is None else sample)
+
+
+@pytest.mark.parametrize("kind", [TransformerLanguageModel, PlainLanguageModel])
+def test_a_language_model_is_added_to_every_step(kind):
+    model, language_model = make_model(), make_language_model(kind=kind)
+    found = fused(0.4, language_model, beam=4, lenpen=0.7)
+    alone = run(beam=4, lenpen=0.7)
+    assert [h[0].tokens.tolist() for h in found] != [h[0].tokens.tolist() for h in alone]
+    for i, hypotheses in enumerate(found):
+        one = one_of(make_sample(LENGTHS), i)["net_input"]
+        for h in hypotheses:
+            prev = torch.cat([torch.tensor([2]), h.tokens[:-1]])[None]
+            with torch.no_grad():
+                logp = model(one["src_tokens"], one["src_lengths"], prev)[0].log_softmax(-1)
+                logp = logp + 0.4 * language_model(prev)[0].log_softmax(-1)
+            expected = logp[0].gather(1, h.tokens[:, None])[:, 0]
+            assert torch.allclose(h.positional_scores, expected, atol=1e-4)
+    sample = make_sample(LENGTHS)
+    each = [
+        fused(0.4, language_model, one_of(sample, i), beam=4, lenpen=0.7)[0]
+        for i in range(len(LENGTHS))
+    ]
+    assert_same(found, each)
+
+
+def test_a_language_model_without_weight_changes_nothing():
+    assert_same(fused(0.0), run())
+    short = make_language_model()
+    short.decoder.max_positions = 5  # its longest input is a limit, too
+    assert max(len(h.tokens) for hs in fused(0.0, short) for h in hs) <= 5
+    with pytest.raises(ConfigError, match="lm_path: flite-generate"):
+        run(lm_path="lm.pt")
