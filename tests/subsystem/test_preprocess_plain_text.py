@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,7 @@ from fairseq_lite.data.text.segment import Segmentation
 from fairseq_lite.data.text.tokenizers import MosesConfig
 from fairseq_lite.errors import ConfigError, DataError, FliteError
 from tests.helpers import texts as plain
-from tests.helpers.commands import flite, flite_process
+from tests.helpers.commands import REPOSITORY, flite, flite_process
 from tests.helpers.shared import shared_dir
 
 LINES = plain.lines()
@@ -434,9 +436,24 @@ def test_a_plugins_segmentation(folder, tmp_path) -> None:
     assert symbols == ["ab", "cd", "ef", "gh"]
 
 
-def test_help_starts_quickly(tmp_path) -> None:
-    """No tokenizer's library, and no PyTorch, is imported to say which flags there are."""
-    for words in (["--help"], ["--bpe", "hf_tokenizer", "--help"]):
-        done = flite_process("preprocess", *words)
-        assert done.returncode == 0 and "--dict-from-tokenizer" in done.stdout
-    assert "--hf-tokenizer" in done.stdout
+def test_help_imports_no_tokenizers_library() -> None:
+    """Nor PyTorch, to say which flags there are."""
+    code = (
+        "import sys\n"
+        "from fairseq_lite_cli.preprocess import main\n"
+        "try: main(['--bpe', 'hf_tokenizer', '--help'])\n"
+        "except SystemExit: pass\n"
+        "named = {'tokenizers', 'transformers', 'sacremoses', 'torch'} & set(sys.modules)\n"
+        "assert not named, named\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--dict-from-tokenizer" in done.stdout and "--hf-tokenizer" in done.stdout
+
+
+def test_the_whole_vocabulary_needs_no_training_text(folder, run) -> None:
+    options = {"trainpref": None, "validpref": str(folder / "head.txt")}
+    out = run(hf(folder / "bytes"), folder, dict_from_tokenizer=True, **options)
+    assert read_back(out, "valid") == LINES and not (out / "train.idx").exists()
