@@ -18,6 +18,7 @@ from fairseq_lite.data.folders import data_folders
 from fairseq_lite.data.indexed import dataset_exists
 from fairseq_lite.data.monolingual import MonolingualDataset
 from fairseq_lite.data.sampling import (
+    Floats,
     LanguageMixture,
     draw_blocks,
     sampling_probabilities,
@@ -77,6 +78,7 @@ class MultilingualLanguageModelingTask(LanguageModelingTask):
     ) -> None:
         super().__init__(cfg, run, dictionary)
         self._texts: dict[tuple[Path, str, bool], MonolingualDataset] = {}
+        self._reported: dict[str, int] = {}
 
     @classmethod
     def setup(cls, cfg: LanguageModelingConfig, run: RunConfig) -> MultilingualLanguageModelingTask:
@@ -203,26 +205,36 @@ class MultilingualLanguageModelingTask(LanguageModelingTask):
 
     def _sampled(self, texts: Mapping[str, MonolingualDataset], epoch: int) -> LanguageMixture:
         """What is learned from in an epoch: each language in its new size."""
-        counts = [len(text) for text in texts.values()]
-        for language, count in zip(texts, counts, strict=True):
+        counts = {language: len(text) for language, text in texts.items()}
+        for language, count in counts.items():
             if not count:
                 raise DataError(
                     f"the training data of the language {language!r} is empty: leave it out with "
                     "--langs"
                 )
-        logger.info("loaded total %s blocks for all languages", f"{sum(counts):,}")
-        alpha, seed = self.cfg.multilang_sampling_alpha, self.run.common.seed
-        ratios = size_ratios(counts, alpha)
-        chosen = [draw_blocks(n, r, seed, epoch) for n, r in zip(counts, ratios, strict=True)]
-        for what, values in (
-            ("sample probability", sampling_probabilities(counts, alpha).round(4)),
-            ("up/down sampling ratio", ratios.round(2)),
-            ("blocks", counts),
-            ("resampled blocks", [len(blocks) for blocks in chosen]),
-        ):
-            shown = ", ".join(f"{lang} {value}" for lang, value in zip(texts, values, strict=True))
-            logger.info("%s by language: %s", what, shown)
+        ratios = size_ratios(list(counts.values()), self.cfg.multilang_sampling_alpha)
+        seed = self.run.common.seed
+        chosen = [
+            draw_blocks(count, ratio, seed, epoch)
+            for count, ratio in zip(counts.values(), ratios.tolist(), strict=True)
+        ]
+        if counts != self._reported:  # not in every epoch
+            self._report(counts, ratios, [len(blocks) for blocks in chosen])
+            self._reported = counts
         return LanguageMixture(list(texts.values()), chosen, epoch=epoch)
+
+    def _report(self, counts: Mapping[str, int], ratios: Floats, resampled: Sequence[int]) -> None:
+        blocks = list(counts.values())
+        logger.info("loaded total %s blocks for all languages", f"{sum(blocks):,}")
+        shares = sampling_probabilities(blocks, self.cfg.multilang_sampling_alpha)
+        for what, values in (
+            ("sample probability", shares.round(4)),
+            ("up/down sampling ratio", ratios.round(2)),
+            ("blocks", blocks),
+            ("resampled blocks", resampled),
+        ):
+            shown = ", ".join(f"{lang} {value}" for lang, value in zip(counts, values, strict=True))
+            logger.info("%s by language: %s", what, shown)
 
     def has_split(self, split: str) -> bool:
         """Whether the first data folder has this split, in every language or in one it names."""

@@ -142,7 +142,8 @@ class TrainingRun:
                 if stop:
                     break
                 self.trainer.end_epoch(data.epoch, metric)
-                data = self._next_epoch(data)
+                if data.next_epoch_idx <= max_epoch:
+                    data = self._next_epoch(data)
             self.checkpoints.close()
         logger.info("done training in %.1f seconds", self.state.run_time())
 
