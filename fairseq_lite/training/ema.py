@@ -20,7 +20,8 @@ class MovingAverage:
         average = decay * average + (1 - decay) * weights      otherwise, every --ema-update-freq
 
     Weights are float32 here whatever precision computes with them, so the average is too, and
-    --ema-fp32 asks for nothing more.
+    --ema-fp32 asks for nothing more. Buffers are copied, as in fairseq: the mean of equal numbers
+    may round to another, and the version of a model's layout must not become an earlier one.
 
     Args:
         cfg: the flags.
@@ -44,9 +45,10 @@ class MovingAverage:
             return
         self.since = 0
         decay = 0.0 if num_updates < self.cfg.ema_start_update else self.cfg.ema_decay
+        copied = {name for name, _ in model.named_buffers()}
         for name, value in model.state_dict().items():
             average, value = local(self.weights[name]), local(value)
-            if average.is_floating_point():
+            if name not in copied:
                 average.mul_(decay).add_(value.to(average), alpha=1 - decay)
             else:
                 average.copy_(value)

@@ -211,6 +211,17 @@ def test_the_moving_average_follows_the_weights() -> None:
     assert float(trainer.average.weights["weight"]) == 0.75
 
 
+def test_the_moving_average_copies_buffers() -> None:
+    model = nn.BatchNorm1d(1)
+    model.running_mean.fill_(3.0)
+    average = MovingAverage(EMAConfig(store_ema=True, ema_decay=0.9), model)
+    for update in range(5):
+        model.num_batches_tracked.add_(1)
+        average.update(model, update)
+    assert average.weights["running_mean"].item() == 3.0  # 0.9 * 3 + 0.1 * 3 is less
+    assert average.weights["num_batches_tracked"].item() == 5
+
+
 def test_describe_batch_is_short() -> None:
     sample = {"id": torch.arange(12), "net_input": {"src_tokens": torch.ones(12, 5)}}
     assert describe_batch(sample) == "ids 0 1 2 3 4 5 6 7 8 9 … (12 in all) (source 12x5)"
