@@ -25,6 +25,7 @@ from fairseq_lite.errors import ConfigError, DataError
 
 _FLAG = "--hf-tokenizer"
 _CONFIG = "tokenizer_config.json"
+_IN_PARTS = ("byte_bpe", "wordpiece")
 # What a folder may hold, the first found counts: all files of a row are needed.
 _KINDS = (
     ("json", ("tokenizer.json",)),
@@ -35,6 +36,8 @@ _KINDS = (
     ("byte_bpe", ("encoder.json", "vocab.bpe")),
     ("wordpiece", ("vocab.txt",)),
 )
+# Of no use without what lies beside it.
+_PARTS = {_CONFIG, *(name for kind, names in _KINDS for name in names if kind in _IN_PARTS)}
 # A letter hardly any vocabulary has: an Egyptian hieroglyph.
 _STRANGE = "\U00013000"
 
@@ -83,8 +86,9 @@ def find(path: str | None) -> Source:
         )
     place = Path(path)
     if place.is_file():
-        kind = {".json": "json", ".txt": "wordpiece"}.get(place.suffix, "sentencepiece")
-        return Source(kind, (place,))
+        if place.name in _PARTS:
+            raise DataError(f"{_FLAG} {path}: is a part of a tokenizer: give the folder it lies in")
+        return Source("json" if place.suffix == ".json" else "sentencepiece", (place,))
     if not place.is_dir():
         raise DataError(
             f"{_FLAG} {path}: no such file or folder; nothing is downloaded: give a folder or a "
@@ -99,7 +103,7 @@ def find(path: str | None) -> Source:
 
 
 def _in_folder(place: Path, kind: str, files: tuple[Path, ...]) -> Source:
-    if kind in ("json", "sentencepiece"):
+    if kind not in _IN_PARTS:
         return Source(kind, files)
     if (place / "added_tokens.json").is_file():
         raise DataError(
