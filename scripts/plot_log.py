@@ -1,0 +1,155 @@
+#!/usr/bin/env python
+"""Draw the curves of training logs, or print them as a table.
+
+    python scripts/plot_log.py train.log --out curve.png
+    python scripts/plot_log.py a.log b.log --key loss --out compare.png
+    python scripts/plot_log.py train.log --table
+
+Reads what flite-train (or fairseq-train) writes with `--log-format json`, on standard output or to
+`--log-file`: a line for every `--log-interval` updates, one for every epoch, one for every
+validation. Drawing needs matplotlib (`pip install 'fairseq-lite[plot]'`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fairseq_lite.errors import DataError, MissingDependency
+from fairseq_lite_cli.entry import run_command
+
+Record = dict[str, float]
+
+
+@dataclass
+class Log:
+    """The records of a run by number of updates; what was logged twice counts once, as it was last.
+
+    Attributes:
+        inner: what was logged within epochs.
+        epochs: the summaries of training data.
+        valid: the validations, by split.
+    """
+
+    inner: dict[int, Record] = field(default_factory=dict)
+    epochs: dict[int, Record] = field(default_factory=dict)
+    valid: dict[str, dict[int, Record]] = field(default_factory=dict)
+
+
+def read(lines: Iterable[str]) -> Log:
+    """Find the records among the lines of a log.
+
+    A summary's keys begin with the name of its split, which is taken off: `valid_loss`.
+    """
+    log = Log()
+    for line in lines:
+        start = line.find("{")
+        if start < 0 or "num_updates" not in line:
+            continue
+        try:
+            found = json.loads(line[start:])
+        except ValueError:  # cut by a kill
+            continue
+        names = [name for name in found if name.endswith("num_updates")]
+        if not isinstance(found, dict) or len(names) != 1:
+            continue
+        split = names[0].removesuffix("num_updates").removesuffix("_")
+        record = _numbers(found, f"{split}_" if split else "")
+        updates = int(record["num_updates"])
+        if not split:
+            log.inner[updates] = record
+        elif split == "train":
+            log.epochs[updates] = record
+        else:
+            log.valid.setdefault(split, {})[updates] = record
+    return log
+
+
+def _numbers(found: dict[str, object], prefix: str) -> Record:
+    numbers = {}
+    for name, value in found.items():
+        try:
+            numbers[name.removeprefix(prefix)] = float(str(value))
+        except ValueError:
+            continue
+    return numbers
+
+
+def table(log: Log) -> str:
+    """Every validation with the epoch it ended, as a Markdown table (losses in base 2)."""
+    splits = list(log.valid)
+    heads = ["epoch", "updates", "train loss"]
+    heads += [f"{split} {what}" for split in splits for what in ("loss", "perplexity")]
+    rows = [heads, ["---"] * len(heads)]
+    for updates in sorted({u for records in log.valid.values() for u in records}):
+        train = log.epochs.get(updates, {})
+        epoch = next(r[updates]["epoch"] for r in log.valid.values() if updates in r)
+        row = [f"{epoch:g}", f"{updates:,}", _shown(train, "loss")]
+        for split in splits:
+            record = log.valid[split].get(updates, {})
+            row += [_shown(record, "loss"), _shown(record, "ppl")]
+        rows.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _shown(record: Record, key: str) -> str:
+    return f"{record[key]:.2f}" if key in record else "–"
+
+
+def draw(logs: dict[str, Log], key: str, out: Path) -> None:
+    """A curve of `key` over updates for training and every validation split of every log."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise MissingDependency(
+            "drawing needs matplotlib: pip install 'fairseq-lite[plot]'; or --table"
+        ) from None
+    matplotlib.use("Agg")  # no screen is needed
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, log in logs.items():
+        prefix = f"{name}: " if len(logs) > 1 else ""
+        curves = {"train": log.inner or log.epochs, **log.valid}
+        for split, records in curves.items():
+            points = [(u, r[key]) for u, r in sorted(records.items()) if key in r]
+            if points:
+                style = {"linewidth": 1.0} if split == "train" else {"marker": "o", "markersize": 3}
+                axes.plot(*zip(*points, strict=True), label=prefix + split, **style)
+    if not axes.lines:
+        raise DataError(f"no log has {key!r}; write logs with --log-format json")
+    if key == "ppl":
+        axes.set_yscale("log")
+    axes.set(xlabel="updates", ylabel={"ppl": "perplexity", "loss": "loss (bits)"}.get(key, key))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out, dpi=150)
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("logs", nargs="+", type=Path)
+    parser.add_argument("--key", default="ppl", help="what to draw: ppl (default), loss, gnorm, …")
+    parser.add_argument("--out", type=Path, default=Path("curve.png"), help="the picture to write")
+    parser.add_argument("--table", action="store_true", help="print a table instead")
+    args = parser.parse_args(argv)
+    logs = {}
+    for path in args.logs:
+        try:
+            logs[str(path)] = read(path.read_text(encoding="utf-8").splitlines())
+        except OSError as e:
+            raise DataError(f"{path}: {e.strerror}") from e
+        if not logs[str(path)].inner and not logs[str(path)].epochs:
+            raise DataError(f"{path}: no record in JSON; train with --log-format json")
+    if args.table:
+        print("\n\n".join(map(table, logs.values())))
+    else:
+        draw(logs, args.key, args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("plot_log", main))
