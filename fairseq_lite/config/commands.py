@@ -99,14 +99,14 @@ COMMANDS: dict[str, Command] = {
         Command(
             "flite-generate",
             "generate",
-            "Translate a split of a data folder and score it.",
+            "Translate a split of a data folder, or go on from its beginnings, and score it.",
             {**_EVALUATION, "generation": core.GenerationConfig},
             (_TASK, _SCORING, _BPE, _TOKENIZER),
         ),
         Command(
             "flite-interactive",
             "interactive",
-            "Translate sentences from the terminal or a file.",
+            "Translate lines from the terminal or a file, or go on from them.",
             {
                 **_EVALUATION,
                 "generation": core.GenerationConfig,

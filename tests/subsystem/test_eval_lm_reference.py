@@ -140,6 +140,8 @@ def test_ensembles_and_bf16(messages, lm):
         (["--softmax-batch", "0"], "--softmax-batch 0: expected 1 or more"),
         (["--gen-subset", "nix"], "no split 'nix'"),
         (["--remove-bpe", "letter"], "--post-process letter: flite-eval-lm joins"),
+        (["--task", "translation"], "flite-eval-lm measures language models"),
+        (["--path", ""], "--path is needed"),
         (["--fp16"], "--fp16 needs a GPU"),
         (["--distributed-world-size", "2"], "use --num-shards and --shard-id"),
     ],
