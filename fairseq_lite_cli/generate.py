@@ -33,7 +33,7 @@ from fairseq_lite.scoring import SCORERS, Scorer
 from fairseq_lite.scoring.standard import SacrebleuConfig
 from fairseq_lite.tasks.api import Task, build_task, resolve_max_positions
 from fairseq_lite.tasks.language_modeling import LanguageModelingTask
-from fairseq_lite.training.checkpoint.inference import load_models
+from fairseq_lite.training.checkpoint.inference import load_for, load_models
 from fairseq_lite.training.evaluation import as_trained
 from fairseq_lite_cli.entry import run_command
 
@@ -52,12 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = build_task(run)
     scorer = make_scorer(run)
     task.load_dataset(run.dataset.gen_subset)
-    loaded = load_models(
-        run.common_eval.path or "",
-        registries,
-        task=task,
-        overrides=run.common_eval.model_overrides,
-    )
+    loaded = load_for(run, registries, task)
     device = place(loaded.models, run.common, run.generation)
     sources = raw_sources(run, task)
     session = Session(

@@ -24,7 +24,7 @@ from fairseq_lite.generation.lines import generate_for_lines
 from fairseq_lite.generation.output import output_lines
 from fairseq_lite.generation.session import Session, place
 from fairseq_lite.tasks.api import Task, build_task, resolve_max_positions
-from fairseq_lite.training.checkpoint.inference import load_models, with_segmentation
+from fairseq_lite.training.checkpoint.inference import load_for, with_segmentation
 from fairseq_lite.training.evaluation import as_trained
 from fairseq_lite_cli.entry import run_command
 from fairseq_lite_cli.generate import codecs, log_to_stderr, make_generator, make_texts
@@ -44,12 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(run.common.seed)
     np.random.seed(run.common.seed)
     task = build_task(run)
-    loaded = load_models(
-        run.common_eval.path or "",
-        registries,
-        task=task,
-        overrides=run.common_eval.model_overrides,
-    )
+    loaded = load_for(run, registries, task)
     run = with_segmentation(run, loaded)
     device = place(loaded.models, run.common, run.generation)
     known: dict[int, str] = {}

@@ -69,6 +69,11 @@ class CommonConfig:
             raise ConfigError(f"--seed {self.seed}: expected 0 or more")
 
 
+def _check_shard_count(count: int) -> None:
+    if count < 1:
+        raise ConfigError(f"--checkpoint-shard-count {count}: expected 1 or more")
+
+
 @dataclass(frozen=True)
 class CommonEvalConfig:
     """What every command that reads a trained model takes."""
@@ -86,6 +91,13 @@ class CommonEvalConfig:
         {}, 'JSON of model fields to replace at loading, e.g. {"encoder_layerdrop": 0.2}'
     )
     results_path: str | None = flag(None, "write the output to files in this folder")
+    checkpoint_suffix: str = flag("", "suffix of the names in --path, such as -shard0")
+    checkpoint_shard_count: int = flag(
+        1, "shards a checkpoint must have (1: as many as there are; they are found by themselves)"
+    )
+
+    def __post_init__(self) -> None:
+        _check_shard_count(self.checkpoint_shard_count)
 
 
 @dataclass(frozen=True)
@@ -235,7 +247,9 @@ class CheckpointConfig:
     maximize_best_checkpoint_metric: bool = flag(False, "the largest value is best")
     patience: int = flag(-1, "stop when the metric has not improved for N validations")
     checkpoint_suffix: str = flag("", "suffix of checkpoint names")
-    checkpoint_shard_count: int = flag(1, "parts of a sharded checkpoint to read")
+    checkpoint_shard_count: int = flag(
+        1, "shards the checkpoint to restore must have (1: as many as there are)"
+    )
     write_checkpoints_asynchronously: bool = flag(
         False, "write checkpoints in the background", aliases=("--save-async",)
     )
@@ -264,6 +278,7 @@ class CheckpointConfig:
         if self.patience == 0 or self.patience < -1:
             raise ConfigError(f"--patience {self.patience}: expected -1 (off), or 1 or more")
 
+        _check_shard_count(self.checkpoint_shard_count)
 
 @dataclass(frozen=True)
 class GenerationConfig:

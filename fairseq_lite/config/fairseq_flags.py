@@ -267,8 +267,6 @@ _ONE_PROCESS = "evaluation with several processes comes later; use --num-shards 
 
 # fairseq's flags that come with a later capability: refused until then.
 COMING: dict[str, str] = {
-    "--checkpoint-shard-count": "it comes with sharded checkpoints; leave it out",
-    "--checkpoint-suffix": "it comes with sharded checkpoints; name the file in --path",
     "--constraints": "constrained search comes later; use --prefix-size for a forced beginning",
     "--load-alignments": "training on alignments comes later; leave it out",
     "--distributed-backend": _ONE_PROCESS,

@@ -27,6 +27,7 @@ from fairseq_lite.hub.translator import Translator
 from fairseq_lite.plugins import import_user_dir
 from fairseq_lite.tasks.language_modeling import LanguageModelingTask
 from fairseq_lite.training.checkpoint.inference import load_models
+from fairseq_lite.training.checkpoint.parts import readable_files
 
 __all__ = ["LanguageModel", "ScoredText", "Translator", "load"]
 
@@ -73,6 +74,6 @@ def _file(path: Path) -> Path:
     if not path.is_dir():
         return path
     for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
-        if (path / name).is_file():
+        if readable_files(path / name):
             return path / name
     raise CheckpointError(f"{path}: holds neither checkpoint_best.pt nor checkpoint_last.pt")

@@ -33,10 +33,6 @@ def check(run: RunConfig) -> None:
         raise ConfigError("no optimizer: add --optimizer, for example --optimizer adam")
     if run.dataset.disable_validation and run.checkpoint.patience > 0:
         raise ConfigError("--patience needs validation: leave out --disable-validation")
-    if run.checkpoint.checkpoint_shard_count != 1:
-        raise ConfigError(
-            "--checkpoint-shard-count: it comes with sharded checkpoints; leave it out"
-        )
     backend: Any = BACKENDS.get(run.ddp_backend.name or "legacy_ddp").factory
     backend.check(run)
 

@@ -52,11 +52,10 @@ def evaluate(run: RunConfig, registries: Mapping[str, Registry]) -> dict[str, di
         )
     if run.dataset.max_tokens is None and run.dataset.batch_size is None:
         raise ConfigError("the size of a batch is missing: give --max-tokens or --batch-size")
-    overrides = run.common_eval.model_overrides
-    saved = inference.saved_config(paths[0], registries, overrides)
+    saved = inference.config_for(run, registries)
     run = dataclasses.replace(run, task=task_choice(run.task, saved))
     task = build_task(run)
-    loaded = inference.load_models(paths, registries, task=task, overrides=overrides)
+    loaded = inference.load_for(run, registries, task)
     device = torch.device("cuda" if torch.cuda.is_available() and not run.common.cpu else "cpu")
     model = loaded.models[0].to(device)
     if saved.criterion.name is None:
@@ -110,11 +109,10 @@ def as_trained(run: RunConfig, registries: Mapping[str, Registry]) -> RunConfig:
     A language model's vocabulary, longest input and start symbol are not a matter of choice;
     fairseq expects them to be typed again. Other tasks stay as they are.
     """
-    paths = inference.split_paths(run.common_eval.path or "")
     own = {field.name for field in dataclasses.fields(run.task.config)}
-    if not paths or not own.issuperset(_OF_THE_WEIGHTS):
+    if not run.common_eval.path or not own.issuperset(_OF_THE_WEIGHTS):
         return run
-    trained = inference.saved_config(paths[0], registries, run.common_eval.model_overrides).task
+    trained = inference.config_for(run, registries).task
     fields = dataclasses.fields(trained.config)
     if not {field.name for field in fields}.issuperset(_OF_THE_WEIGHTS):
         return run

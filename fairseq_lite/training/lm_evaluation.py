@@ -36,7 +36,8 @@ from fairseq_lite.generation.words import (
     words_of,
 )
 from fairseq_lite.registry import Registry
-from fairseq_lite.tasks.api import Task, build_task, to_device
+from fairseq_lite.tasks.api import build_task, to_device
+from fairseq_lite.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from fairseq_lite.training.checkpoint import inference
 from fairseq_lite.training.evaluation import as_trained
 
@@ -98,32 +99,30 @@ def evaluate(run: RunConfig, registries: Mapping[str, Registry]) -> Report:
         FliteError: the checkpoint or the data cannot be read, or do not fit each other.
     """
     logger.info("%s", json.dumps(to_plain(run), ensure_ascii=False))
+    if not isinstance(run.task.config, LanguageModelingConfig):
+        raise ConfigError(
+            f"--task {run.task.name}: flite-eval-lm measures language models; use flite-validate"
+        )
     run = as_trained(run, registries)
     longest = block_length(run)
     task = build_task(shortened(run))
+    assert isinstance(task, LanguageModelingTask)
     logger.info("loading model(s) from %s", run.common_eval.path)
-    loaded = inference.load_models(
-        run.common_eval.path or "",
-        registries,
-        task=task,
-        overrides=run.common_eval.model_overrides,
-    )
+    loaded = inference.load_for(run, registries, task)
     run = inference.with_segmentation(run, loaded)
     device = place(loaded.models, run.common, GenerationConfig())
     count = sum(p.numel() for p in loaded.models[0].parameters())
     logger.info("num. model params: %s", f"{count:,}")
     subset = run.dataset.gen_subset
     task.load_dataset(subset)
-    dataset = task.dataset(subset)
-    if not isinstance(dataset, BlockDataset):
-        raise ConfigError(
-            f"--task {run.task.name}: flite-eval-lm measures language models; use flite-validate"
-        )
+    dataset: BlockDataset = task.dataset(subset)
     logger.info("%s examples in %s", f"{len(dataset):,}", subset)
     limit = min(model.max_positions() for model in loaded.models)
-    check_length(run, longest, limit, dataset.extra)
+    size = task.block_size + dataset.extra
     if run.eval_lm.context_window:
         dataset = ContextWindow(dataset, run.eval_lm.context_window, longest)
+        size = max(size, longest)
+    check_size(run, longest, size, limit)
     measuring = Measuring(run, task)
     scorer = TargetScorer(
         loaded.models, measuring.dictionary.pad(), softmax_batch=run.eval_lm.softmax_batch
@@ -165,17 +164,22 @@ def shortened(run: RunConfig) -> RunConfig:
     return dataclasses.replace(run, task=dataclasses.replace(run.task, config=config))
 
 
-def check_length(run: RunConfig, longest: int, limit: int, extra: int) -> None:
+def check_size(run: RunConfig, typed: int, size: int, limit: int) -> None:
     """Refuse blocks that no model takes: all would be left out.
+
+    Args:
+        run: the flags.
+        typed: --tokens-per-sample.
+        size: tokens in a block, with its context and start symbol.
+        limit: the longest input of the models.
 
     Raises:
         ConfigError: they are longer.
     """
-    if run.task.config.sample_break_mode != "eos" and longest + extra > limit:
+    if run.task.config.sample_break_mode != "eos" and size > limit:
         raise ConfigError(
-            f"--tokens-per-sample {longest}: the model takes {limit} tokens"
-            + (", a start symbol included" if extra else "")
-            + f"; type --tokens-per-sample {limit - extra} or less"
+            f"--tokens-per-sample {typed}: the model takes {limit} tokens, start symbol and context"
+            f" included; type --tokens-per-sample {typed - (size - limit)} or less"
         )
 
 
@@ -216,10 +220,8 @@ class Measuring:
         task: its dictionaries.
     """
 
-    def __init__(self, run: RunConfig, task: Task) -> None:
-        dictionary = task.target_dictionary
-        assert dictionary is not None
-        self.dictionary: Dictionary = dictionary
+    def __init__(self, run: RunConfig, task: LanguageModelingTask) -> None:
+        self.dictionary = dictionary = task.target_dictionary
         self.cfg = run.eval_lm
         symbol = run.common_eval.post_process
         join = None if symbol in (None, "none") else joining(dictionary, str(symbol))

@@ -16,7 +16,7 @@ from fairseq_lite.errors import CheckpointError, ConfigError, DataError
 from fairseq_lite.models.api import Model
 from fairseq_lite.registry import Registry
 from fairseq_lite.tasks.api import Task, build_task
-from fairseq_lite.training.checkpoint import bundle, convert, naming, parts, store
+from fairseq_lite.training.checkpoint import bundle, convert, naming, parts
 from fairseq_lite.training.checkpoint.convert import SavedConfig
 
 logger = logging.getLogger(__name__)
@@ -79,8 +79,8 @@ def load_models(
         )
     ensemble: Ensemble | None = None
     for name in names:
-        path = _existing(name, suffix, shard_count)
-        state = convert.upgraded_state(store.load(path), path)
+        path = _existing(name, suffix)
+        state = convert.upgraded_state(parts.whole_state(path, shard_count), path)
         config = convert.saved_config(state, path, registries, overrides)
         if ensemble is None:
             config, folder = _with_files(config, state)
@@ -95,35 +95,43 @@ def load_models(
     return ensemble
 
 
-def saved_config(
-    path: str | Path,
-    registries: Mapping[str, Registry],
-    overrides: Mapping[str, Any] | None = None,
-) -> SavedConfig:
-    """A checkpoint's configuration alone."""
-    return convert.saved_config(store.load(path, verify=False), path, registries, overrides)
+def load_for(
+    run: RunConfig, registries: Mapping[str, Registry], task: Task | None = None
+) -> Ensemble:
+    """`load_models` with what a command line says of them."""
+    cfg = run.common_eval
+    return load_models(
+        cfg.path or "",
+        registries,
+        task=task,
+        overrides=cfg.model_overrides,
+        suffix=cfg.checkpoint_suffix,
+        shard_count=cfg.checkpoint_shard_count,
+    )
 
 
-def _existing(name: str, suffix: str, shard_count: int) -> Path:
-    if shard_count > 1:
-        raise ConfigError(
-            "--checkpoint-shard-count: models cut into parts are not read yet; join them with "
-            "fairseq's own tools first"
-        )
+def config_for(run: RunConfig, registries: Mapping[str, Registry]) -> SavedConfig:
+    """The configuration alone of the first checkpoint that a command line names.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    cfg = run.common_eval
+    path = _existing(split_paths(cfg.path or "")[0], cfg.checkpoint_suffix)
+    files = parts.CheckpointFiles(path, cfg.checkpoint_shard_count)
+    state = files.state(files.names()[0], verify=False)
+    return convert.saved_config(state, path, registries, cfg.model_overrides)
+
+
+def _existing(name: str, suffix: str) -> Path:
     path = Path(naming.with_suffix(name, suffix))
     if path.is_dir():
-        inside = [
-            each for each in (naming.BEST, naming.LAST, "model.pt") if (path / each).is_file()
-        ]
+        known = (naming.BEST, naming.LAST, "model.pt")
+        inside = [each for each in known if parts.readable_files(path / each)]
         hint = f"; did you mean {path / inside[0]}?" if inside else ""
         raise CheckpointError(f"--path {path}: is a folder{hint}")
-    found = parts.part_files(path)
-    if not found:
+    if not parts.readable_files(path):
         raise CheckpointError(f"--path {path}: no such checkpoint")
-    if not path.is_file():
-        raise CheckpointError(
-            f"--path {path}: exists only as the parts {', '.join(found)}: consolidate them first"
-        )
     return path
 
 

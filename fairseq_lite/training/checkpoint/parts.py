@@ -12,6 +12,7 @@ the set complete, and are read as if they had their names already.
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fairseq_lite.parallel import pieces
 from fairseq_lite.parallel.api import MAIN_PART, Part, PartReader
 from fairseq_lite.parallel.flat_shards import FLAT
 from fairseq_lite.parallel.pieces import shard_name, shard_number
+from fairseq_lite.parallel.stored import Allocate
 from fairseq_lite.training.checkpoint import store
 
 # The one key of ours in a checkpoint; fairseq's loader passes over it.
@@ -34,6 +36,14 @@ WIDE_AVERAGE_KEY = "ema_fp32_params"
 
 # Where fairseq's shards, and metaseq's, say what lies in them.
 _FLAT_KEYS = ("fsdp_metadata", "shard_metadata")
+
+State = dict[str, Any]
+
+# A save's name and its number of shards; None for a file that is not whole.
+_Mark = tuple[str, int] | None
+
+# What a manifest says of a shard and not of the whole.
+_OF_SHARDS = ("tensors", "shard", "save")
 
 # A part's name, at the end of its file's name.
 _PART = r"-(?P<part>[A-Za-z_]+\d+)"
@@ -101,10 +111,7 @@ def readable_files(path: Path) -> dict[str, Path]:
     return final
 
 
-Mark = tuple[str, int] | None
-
-
-def _mark(file: Path) -> Mark:
+def _mark(file: Path) -> _Mark:
     """The save a shard belongs to and its number of shards; None for a file that is not whole."""
     try:
         manifest = _manifest(store.load(file, verify=False, mapped=True))
@@ -115,7 +122,7 @@ def _mark(file: Path) -> Mark:
 
 
 def _complete(
-    mark: Mark, sources: Iterable[Mapping[str, Path]], marks: Mapping[Path, Mark]
+    mark: _Mark, sources: Iterable[Mapping[str, Path]], marks: Mapping[Path, _Mark]
 ) -> dict[str, Path] | None:
     """All shards of one save, or None."""
     if mark is None:
@@ -187,16 +194,20 @@ class CheckpointFiles(PartReader):
         """The manifest of one part."""
         return _manifest(self.state(name))
 
-    def state(self, name: str) -> dict[str, Any]:
+    def state(self, name: str, *, verify: bool = True) -> State:
         """All that the file of a part holds; its tensors stay in the file until they are used.
+
+        Args:
+            name: the part.
+            verify: whether to compare a whole checkpoint with its checksums; for those of a shard
+                there is the method `verify`, as one rank may do it for all.
 
         Raises:
             CheckpointError: the part is missing or damaged.
         """
         if name not in self._loaded:
-            # A shard's checksums are compared by `verify`, once among all ranks.
-            whole = shard_number(name) is None
-            self._loaded[name] = store.load(self._file(name), verify=whole, mapped=True)
+            verify = verify and shard_number(name) is None
+            self._loaded[name] = store.load(self._file(name), verify=verify, mapped=True)
         return self._loaded[name]
 
     def read(self, name: str) -> Part:
@@ -235,6 +246,46 @@ def part_of(state: Mapping[str, Any], path: str | Path) -> Part:
         average_of(state),
         _manifest(state),
     )
+
+
+def whole_state(path: Path, shard_count: int = 1, allocate: Allocate | None = None) -> State:
+    """A checkpoint as one file has it, whichever way it lies on the disk.
+
+    Args:
+        path: the checkpoint's name, or that of one of its shards.
+        shard_count: how many shards there must be; 1: as many as there are.
+        allocate: makes the tensors that are put together from shards.
+
+    Returns:
+        The content, every byte of it compared with its checksum. Tensors stay in their files where
+        they can: not to be kept for longer than those.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or a shard is another's.
+    """
+    files = CheckpointFiles(path, shard_count)
+    names = files.names()
+    if not names:
+        raise CheckpointError(f"{path}: no such checkpoint")
+    if MAIN_PART in names:
+        return files.state(MAIN_PART)
+    for name in names:
+        files.verify(name)
+    part = pieces.whole(files, allocate=allocate)
+    state = dict(files.state(names[0]))
+    flat = is_flat_shard(state)
+    for key in (*_FLAT_KEYS, "last_optimizer_state"):
+        state.pop(key, None)
+    if not flat:
+        manifest = {k: v for k, v in _manifest(state).items() if k not in _OF_SHARDS}
+        state[OWN_KEY] = {**state[OWN_KEY], "manifest": manifest}
+    state["model"] = OrderedDict(part.model)
+    if part.average is not None:
+        state["extra_state"] = {**state["extra_state"], AVERAGE_KEY: OrderedDict(part.average)}
+    if part.optimizer is not None:
+        state["last_optimizer_state"] = dict(part.optimizer)
+        state[OWN_KEY] = state.pop(OWN_KEY)  # keeps its place at the end
+    return state
 
 
 def sealed(state: dict[str, Any], path: str | Path) -> dict[str, Any]:
