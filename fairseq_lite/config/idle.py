@@ -54,6 +54,8 @@ _UNREAD: dict[str, frozenset[str]] = {
         | _IN_VALIDATION
         | {"sacrebleu", "upsample_primary", "truncate_source", "left_pad_target"}
         | {"num_batch_buckets"}
+        | {"sample_break_mode", "pad_to_fixed_length", "pad_to_fixed_bsz"}
+        | {"shorten_method", "shorten_data_split_list"}
     ),
     "flite-validate": frozenset(
         _all_but(
