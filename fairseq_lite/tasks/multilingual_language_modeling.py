@@ -24,6 +24,7 @@ from fairseq_lite.data.sampling import (
     sampling_probabilities,
     size_ratios,
 )
+from fairseq_lite.data.text import recorded
 from fairseq_lite.errors import ConfigError, DataError
 from fairseq_lite.tasks.api import TASKS
 from fairseq_lite.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
@@ -275,7 +276,11 @@ def find_languages(folder: Path, langs: str) -> list[str]:
     Raises:
         DataError: there is none, or one is missing.
     """
-    found = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    found = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_dir() and path.name[0] != "." and path.name != recorded.FOLDER
+    )
     wanted = listed(langs)
     missing = [name for name in wanted if name not in found]
     if missing:
