@@ -87,7 +87,8 @@ def test_the_tables_name_fields_that_exist():
     for command in COMMANDS.values():
         for config in command.sections.values():
             known |= {f.name for f in dataclasses.fields(config)}
-    known |= {f.name for f in dataclasses.fields(registries["task"].get("translation").config)}
+    for task in ("translation", "language_modeling"):
+        known |= {f.name for f in dataclasses.fields(registries["task"].get(task).config)}
     named = set(idle._NEEDS) | set(idle._OVERRULED)
     named |= {o for others in (*idle._NEEDS.values(), *idle._OVERRULED.values()) for o in others}
     for fields in idle._UNREAD.values():
