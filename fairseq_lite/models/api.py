@@ -139,6 +139,10 @@ class Model(nn.Module):
         """The blocks a sharded backend wraps one by one, innermost first."""
         return []
 
+    def layers_to_compile(self) -> list[nn.Module]:
+        """The layers that `--compile` compiles one by one; none where an architecture has none."""
+        return []
+
     def tie_weights(self) -> None:
         """Make shared parameters one object again, after storage was replaced."""
 

@@ -6,7 +6,8 @@ when they fall below round((1 - p) * 32768), so p is kept to 1/65536 and survivo
 exact inverse of their probability. The comparison leaves all ones or all zeros in an integer as
 wide as the element, which is and-ed with its bits. The bits are drawn by numpy's SFC64, twice as
 fast as torch's generator, seeded from torch's generator: seeds, `torch.utils.checkpoint` and
-resuming work as with torch's own dropout. Other devices use torch's own.
+resuming work as with torch's own dropout. Other devices use torch's own, and so do compiled layers,
+where the compiler fuses the drawing of bits with what surrounds it.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def dropout(x: Tensor, p: float, residual: Tensor | None = None) -> Tensor:
         residual: added to the result.
     """
     levels = round((1.0 - p) * _LEVELS)
-    if x.device.type == "cpu" and 0 < levels < _LEVELS:
+    own = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if own and 0 < levels < _LEVELS:
         out: Tensor = _Dropout.apply(x, residual, levels)  # type: ignore[no-untyped-call]
         return out
     if p > 0.0:

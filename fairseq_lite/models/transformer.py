@@ -345,6 +345,9 @@ class TransformerModel(Model):
     def layers_to_shard(self) -> list[nn.Module]:
         return [*self.encoder.layers_to_shard(), *self.decoder.layers_to_shard()]
 
+    def layers_to_compile(self) -> list[nn.Module]:
+        return [*self.encoder.layers, *self.decoder.layers]
+
     def tie_weights(self) -> None:
         if self.cfg.share_all_embeddings:
             self.decoder.embed_tokens = self.encoder.embed_tokens

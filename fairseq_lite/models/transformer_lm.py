@@ -98,6 +98,9 @@ class TransformerLanguageModel(Model):
     def layers_to_shard(self) -> list[nn.Module]:
         return self.decoder.layers_to_shard()
 
+    def layers_to_compile(self) -> list[nn.Module]:
+        return list(self.decoder.layers)
+
     def tie_weights(self) -> None:
         if self.cfg.share_decoder_input_output_embed:
             self.decoder.output_projection.tie(self.decoder.embed_tokens)

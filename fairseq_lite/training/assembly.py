@@ -14,6 +14,7 @@ from fairseq_lite.optim.precision import make_precision
 from fairseq_lite.parallel.api import BACKENDS
 from fairseq_lite.parallel.world import World
 from fairseq_lite.tasks.api import Task
+from fairseq_lite.training import compilation
 from fairseq_lite.training.ema import MovingAverage
 from fairseq_lite.training.state import TrainState
 from fairseq_lite.training.trainer import Trainer
@@ -35,6 +36,7 @@ def check(run: RunConfig) -> None:
         raise ConfigError("--patience needs validation: leave out --disable-validation")
     backend: Any = BACKENDS.get(run.ddp_backend.name or "legacy_ddp").factory
     backend.check(run)
+    compilation.check(run)
 
 
 def build_trainer(run: RunConfig, world: World, task: Task) -> Trainer:
@@ -45,6 +47,11 @@ def build_trainer(run: RunConfig, world: World, task: Task) -> Trainer:
         update_freq=run.optimization.update_freq,
         world_size=world.size,
     )
+    if world.is_main and precision.dtype == torch.float16 and world.device.type == "cpu":
+        logger.warning(
+            "--fp16 on a CPU: --bf16 is faster, by far where the CPU does not know float16, and "
+            "needs no loss scale"
+        )
     backend = BACKENDS.get(run.ddp_backend.name or "legacy_ddp").factory(
         run.ddp_backend.config, world, dtype=precision.dtype
     )
@@ -58,6 +65,8 @@ def build_trainer(run: RunConfig, world: World, task: Task) -> Trainer:
         )
     model = backend.wrap(lambda: task.build_model(run.model))
     logger.info("%s", model)
+    if run.optimization.compile:
+        compilation.compile_layers(model)
     for label, thing in (("task", task), ("model", model), ("criterion", criterion)):
         logger.info("%s: %s", label, type(thing).__name__)
     _log_parameters(model)
