@@ -18,7 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     tomllib = None
 
-COMMANDS = ("preprocess", "train", "generate", "validate", "interactive", "score")
+COMMANDS = ("preprocess", "train", "generate", "validate", "interactive", "eval_lm", "score")
 # Assembled from parts, so that this file does not contain what it looks for.
 FOREIGN = re.compile("|".join(["/wo" + "rk/", "/ro" + "ot/", "/ho" + "me/", "py" + "pi.org"]))
 TEXT = {".py", ".md", ".toml", ".ini", ".cfg", ".sh", ".txt", ".yaml", ".yml", ".tsv", ".json", ""}
@@ -48,7 +48,8 @@ def test_no_file_names_a_machine_or_an_index():
 def test_metadata_agrees_with_the_code():
     metadata = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
     scripts = metadata["project"]["scripts"]
-    assert scripts == {f"flite-{name}": f"fairseq_lite_cli.entry:{name}" for name in COMMANDS}
+    expected = {_spelled(name): f"fairseq_lite_cli.entry:{name}" for name in COMMANDS}
+    assert scripts == expected
     assert "version" in metadata["project"]["dynamic"]
     extras = metadata["project"]["optional-dependencies"]
     assert {"fairscale", "deepspeed", "slurm", "dev"} <= extras.keys()
@@ -83,8 +84,12 @@ def _seconds_of_help(command: str) -> float:
     shown = flite_process(command, "--help")
     took = time.monotonic() - start
     assert shown.returncode == 0, shown.stderr
-    assert f"flite-{command}" in shown.stdout
+    assert _spelled(command) in shown.stdout
     return took
+
+
+def _spelled(command: str) -> str:
+    return f"flite-{command.replace('_', '-')}"
 
 
 def test_importing_the_package_imports_no_torch():
