@@ -140,6 +140,15 @@ def test_a_smaller_output_dictionary(corpus: Path, tmp_path: Path) -> None:
     assert weights["decoder.output_projection.weight"].shape[0] == 12
 
 
+def test_a_bos_before_full_blocks_has_a_position(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    bos = ("--task", "language_modeling", "--add-bos-token", "--decoder-learned-pos")
+    train(corpus, folder, *bos, "--max-update", 3)
+    positions = store.load(folder / "checkpoint_last.pt")["model"]["decoder.embed_positions.weight"]
+    assert positions.shape[0] == 16 + 1 + 2, "the block, the bos, and what padding takes"
+    assert updates(folder)["1"]["wpb"] == str(8 * 17)
+
+
 @pytest.mark.timeout(180)
 def test_symbols_of_languages_are_learned(languages: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
