@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Average the weights of several checkpoints into one.
+r"""Average the weights of several checkpoints into one.
 
-    python scripts/average_checkpoints.py --inputs checkpoints --num-epoch-checkpoints 5 --output
-    avg.pt python scripts/average_checkpoints.py --inputs a.pt b.pt c.pt --output avg.pt
+    python scripts/average_checkpoints.py --inputs checkpoints --num-epoch-checkpoints 5 \
+        --output avg.pt
+    python scripts/average_checkpoints.py --inputs a.pt b.pt c.pt --output avg.pt
 
-Reads fairseq's checkpoints as well as ours, one at a time. Everything but the weights is the first
-file's.
+Reads fairseq's checkpoints as well as ours, in one file or in shards, one at a time. Everything but
+the weights is the first one's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from fairseq_lite.errors import CheckpointError, ConfigError
-from fairseq_lite.training.checkpoint import store
+from fairseq_lite.training.checkpoint import parts, store
 from fairseq_lite_cli.entry import run_command
 
 
@@ -37,7 +38,7 @@ def average(paths: Sequence[Path]) -> dict[str, Any]:
     first: dict[str, Any] = {}
     sums: OrderedDict[str, torch.Tensor] = OrderedDict()
     for path in paths:
-        state = store.load(path)
+        state = parts.whole_state(path, optimizer=not sums)
         weights = state.get("model")
         if not isinstance(weights, dict):
             raise CheckpointError(f"{path}: holds no model weights")
@@ -76,15 +77,20 @@ def last_checkpoints(
     if len(folders) != 1:
         raise ConfigError("--num-*-checkpoints takes one folder in --inputs")
     found = []
-    for path in folders[0].glob("*.pt"):
-        match = re.fullmatch(pattern, path.name)
+    for name in _checkpoints(folders[0]):
+        match = re.fullmatch(pattern, name)
         if match and (upper_bound is None or float(match.group(1)) <= upper_bound):
-            found.append((float(match.group(1)), path))
+            found.append((float(match.group(1)), folders[0] / name))
     if len(found) < count:
         raise ConfigError(
             f"{folders[0]}: has {len(found)} such checkpoints, {count} were asked for"
         )
     return [path for _, path in sorted(found, reverse=True)[:count]]
+
+
+def _checkpoints(folder: Path) -> list[str]:
+    """The checkpoints in a folder, those in shards by the name they have together."""
+    return parts.whole_names(path.name for path in folder.glob("*.pt"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -136,7 +142,7 @@ def best_checkpoints(
 ) -> list[Path]:
     """The `count` best of what --keep-best-checkpoints left."""
     pattern = rf"checkpoint\.best_{re.escape(metric)}_(-?\d+\.?\d*)\.pt"
-    total = sum(1 for p in folders[0].glob("*.pt") if re.fullmatch(pattern, p.name))
+    total = sum(re.fullmatch(pattern, name) is not None for name in _checkpoints(folders[0]))
     ranked = last_checkpoints(folders, max(total, count), pattern)
     return ranked[:count] if maximize else ranked[::-1][:count]
 

@@ -106,27 +106,18 @@ def sealed(part: Part) -> Mapping[str, Any]:
     return {**part.manifest, "tensors": tensors}
 
 
-def verify(part: Part, where: str) -> int:
-    """Compare every tensor of a shard with its hash.
-
-    Returns:
-        How many have one; those of fairseq's shards have none.
+def verify(part: Part, where: str) -> None:
+    """Compare every tensor of a shard with its hash; fairseq's shards have none.
 
     Raises:
-        CheckpointError: one differs.
+        CheckpointError: one differs, or has none.
     """
     known: Mapping[str, Any] = part.manifest.get("tensors") or {}
-    compared = 0
-    for key, tensor in tensors_of(part).items():
-        expected = (known.get(key) or {}).get("sha256")
-        if expected is None:
-            continue
-        compared += 1
-        if digest(tensor) != expected:
+    for key, tensor in tensors_of(part).items() if known else ():
+        if digest(tensor) != (known.get(key) or {}).get("sha256"):
             raise CheckpointError(
                 f"{where}: {_bare(key)} is damaged: its hash is not the one it was written with"
             )
-    return compared
 
 
 # -- reading ------------------------------------------------------------------------------------
@@ -246,12 +237,18 @@ def _span(entry: Any, tensor: Tensor, where: str) -> tuple[Span, torch.dtype]:
     return span, dtype
 
 
-def whole(parts: PartReader, *, allocate: Allocate | None = None) -> Part:
+def in_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The plain way to allocate."""
+    return torch.empty(shape, dtype=dtype)
+
+
+def whole(parts: PartReader, *, optimizer: bool = True, allocate: Allocate = in_memory) -> Part:
     """A checkpoint in one part, whichever way it lies on the disk.
 
     Args:
         parts: its files.
-        allocate: makes the tensors that are put together; in memory unless told otherwise.
+        optimizer: whether its state is wanted, if it has to be put together.
+        allocate: makes the tensors that are put together.
 
     Returns:
         The part; its manifest has the names of the optimizer's parameters under `names` if known.
@@ -266,12 +263,8 @@ def whole(parts: PartReader, *, allocate: Allocate | None = None) -> Part:
         raise CheckpointError(
             f"this checkpoint has no whole model, only the parts {', '.join(names)}"
         )
-    return assembled(open_shards(parts), allocate or in_memory)
-
-
-def in_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The plain way to allocate."""
-    return torch.empty(shape, dtype=dtype)
+    held = open_shards(parts)
+    return assembled(held if optimizer else replace(held, optimizer=None), allocate)
 
 
 def assembled(shards: Holding, allocate: Allocate) -> Part:

@@ -80,7 +80,8 @@ def load_models(
     ensemble: Ensemble | None = None
     for name in names:
         path = _existing(name, suffix)
-        state = convert.upgraded_state(parts.whole_state(path, shard_count), path)
+        state = parts.whole_state(path, shard_count, optimizer=False)
+        state = convert.upgraded_state(state, path)
         config = convert.saved_config(state, path, registries, overrides)
         if ensemble is None:
             config, folder = _with_files(config, state)

@@ -42,8 +42,8 @@ State = dict[str, Any]
 # A save's name and its number of shards; None for a file that is not whole.
 _Mark = tuple[str, int] | None
 
-# What a manifest says of a shard and not of the whole.
-_OF_SHARDS = ("tensors", "shard", "save")
+# Keys of a shard's file that say nothing of the whole.
+_OF_SHARDS = (*_FLAT_KEYS, "last_optimizer_state")
 
 # A part's name, at the end of its file's name.
 _PART = r"-(?P<part>[A-Za-z_]+\d+)"
@@ -248,12 +248,19 @@ def part_of(state: Mapping[str, Any], path: str | Path) -> Part:
     )
 
 
-def whole_state(path: Path, shard_count: int = 1, allocate: Allocate | None = None) -> State:
+def whole_state(
+    path: Path,
+    shard_count: int = 1,
+    *,
+    optimizer: bool = True,
+    allocate: Allocate = pieces.in_memory,
+) -> State:
     """A checkpoint as one file has it, whichever way it lies on the disk.
 
     Args:
         path: the checkpoint's name, or that of one of its shards.
         shard_count: how many shards there must be; 1: as many as there are.
+        optimizer: whether its state is wanted.
         allocate: makes the tensors that are put together from shards.
 
     Returns:
@@ -268,24 +275,51 @@ def whole_state(path: Path, shard_count: int = 1, allocate: Allocate | None = No
     if not names:
         raise CheckpointError(f"{path}: no such checkpoint")
     if MAIN_PART in names:
-        return files.state(MAIN_PART)
+        state = files.state(MAIN_PART)
+        return state if optimizer else without_optimizer(state)
     for name in names:
         files.verify(name)
-    part = pieces.whole(files, allocate=allocate)
-    state = dict(files.state(names[0]))
-    flat = is_flat_shard(state)
-    for key in (*_FLAT_KEYS, "last_optimizer_state"):
-        state.pop(key, None)
-    if not flat:
-        manifest = {k: v for k, v in _manifest(state).items() if k not in _OF_SHARDS}
-        state[OWN_KEY] = {**state[OWN_KEY], "manifest": manifest}
+    part = pieces.whole(files, optimizer=optimizer, allocate=allocate)
+    state = {k: v for k, v in files.state(names[0]).items() if k not in _OF_SHARDS}
     state["model"] = OrderedDict(part.model)
     if part.average is not None:
         state["extra_state"] = {**state["extra_state"], AVERAGE_KEY: OrderedDict(part.average)}
     if part.optimizer is not None:
-        state["last_optimizer_state"] = dict(part.optimizer)
-        state[OWN_KEY] = state.pop(OWN_KEY)  # keeps its place at the end
+        state["last_optimizer_state"] = {**_scalars(files.state(names[0])), **part.optimizer}
+    if own(state):
+        manifest = {"world_size": _manifest(state).get("world_size")}
+        state[OWN_KEY] = {**state.pop(OWN_KEY), "manifest": manifest}  # at its place, the end
     return state
+
+
+def _scalars(state: State) -> State:
+    """What a shard's optimizer state has beside tensors: the loss scale."""
+    optimizer = state.get("last_optimizer_state") or {}
+    return {k: v for k, v in optimizer.items() if isinstance(v, (int, float))}
+
+
+def without_optimizer(state: State) -> State:
+    """A file's content without its optimizer state, and without word of it in a shard's table."""
+    state = {key: value for key, value in state.items() if key != "last_optimizer_state"}
+    manifest = _manifest(state)
+    if "tensors" in manifest:
+        kept = {k: v for k, v in manifest["tensors"].items() if not k.startswith("optimizer.")}
+        state[OWN_KEY] = {**state[OWN_KEY], "manifest": {**manifest, "tensors": kept}}
+    return state
+
+
+def check_complete(path: Path) -> None:
+    """Refuse a set of shards of which one is missing or of another save, without reading it all.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    pieces.open_shards(CheckpointFiles(path))
+
+
+def with_ending(path: Path) -> Path:
+    """`checkpoint_last.pt` for `checkpoint_last`; a name that ends in `.pt` as it is."""
+    return path if path.suffix == ".pt" else path.with_name(f"{path.name}.pt")
 
 
 def sealed(state: dict[str, Any], path: str | Path) -> dict[str, Any]:
