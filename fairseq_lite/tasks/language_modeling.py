@@ -202,6 +202,10 @@ class LanguageModelingTask(Task):
             )
         return parts[0] if len(parts) == 1 else ConcatDataset(parts)
 
+    def has_split(self, split: str) -> bool:
+        """Whether the first data folder has this split."""
+        return dataset_exists(Path(self.data_paths()[0], split), self.run.dataset.dataset_impl)
+
     def _layout(self, split: str) -> Layout:
         cfg, dataset = self.cfg, self.run.dataset
         rows = (dataset.batch_size_valid if "valid" in split else None) or dataset.batch_size
@@ -229,7 +233,3 @@ class LanguageModelingTask(Task):
         pad = self._source.pad()
         prompts = without_end(lines, self._source.eos())
         return PromptDataset(prompts, start=self.first_token, end=pad, pad=pad)
-
-    def has_split(self, split: str) -> bool:
-        """Whether the first data folder has this split."""
-        return dataset_exists(Path(self.data_paths()[0], split), self.run.dataset.dataset_impl)
