@@ -125,6 +125,9 @@ def as_trained(run: RunConfig, registries: Mapping[str, Registry]) -> RunConfig:
         and getattr(run.task.config, field.name) == default_of(field)
         and getattr(trained.config, field.name) != default_of(field)
     }
+    # Longer blocks than fairseq's default would be another measurement than fairseq's.
+    if changed.get("tokens_per_sample", 0) > run.task.config.tokens_per_sample:
+        del changed["tokens_per_sample"]
     for name, value in changed.items():
         logger.info("--%s: %s, as in training", name.replace("_", "-"), value)
     task = dataclasses.replace(run.task, config=dataclasses.replace(run.task.config, **changed))
