@@ -203,6 +203,11 @@ class Backend(ABC):
         Each parameter counts once, however many names or replicas it has.
         """
 
+    def num_parameters(self, model: nn.Module) -> tuple[int, int]:
+        """How many numbers all parameters have, and those that are trained, over all ranks."""
+        counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        return sum(n for n, _ in counts), sum(n for n, trained in counts if trained)
+
     def whole(self, model: nn.Module) -> AbstractContextManager[None]:
         """Inside, every rank may call any submodule with whole weights and without collectives.
 

@@ -69,7 +69,9 @@ def build_trainer(run: RunConfig, world: World, task: Task) -> Trainer:
         compilation.compile_layers(model)
     for label, thing in (("task", task), ("model", model), ("criterion", criterion)):
         logger.info("%s: %s", label, type(thing).__name__)
-    _log_parameters(model)
+    total, trained = backend.num_parameters(model)
+    logger.info("num. shared model params: %s (num. trained: %s)", f"{total:,}", f"{trained:,}")
+    logger.info("num. expert model params: 0 (num. trained: 0)")
     params = [p for part in (model, criterion) for p in part.parameters() if p.requires_grad]
     optimizer = OPTIMIZERS.get(str(run.optimizer.name)).factory(
         params, run.optimizer.config, lr=run.optimization.lr[0]
@@ -98,10 +100,3 @@ def build_trainer(run: RunConfig, world: World, task: Task) -> Trainer:
         state=TrainState(),
         average=MovingAverage(run.ema, model) if run.ema.store_ema else None,
     )
-
-
-def _log_parameters(model: torch.nn.Module) -> None:
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info("num. shared model params: %s (num. trained: %s)", f"{total:,}", f"{trained:,}")
-    logger.info("num. expert model params: 0 (num. trained: 0)")
