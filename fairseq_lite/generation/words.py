@@ -34,17 +34,22 @@ class Joining:
     Attributes:
         goes_on: for each symbol of a dictionary, whether the word goes on behind it.
         begins: for each symbol, whether it begins a word.
+        special: how many symbols, the first ones, are no pieces: each is a word of its own.
         spell: the word that pieces make.
     """
 
     goes_on: Flags
     begins: Flags
+    special: int
     spell: Callable[[Sequence[str]], str]
 
     def to_next(self, tokens: Ids) -> Flags:
         """Which tokens belong to the same word as the token behind them; the last does not."""
         out = np.zeros(len(tokens), dtype=bool)
-        out[:-1] = self.goes_on[tokens[:-1]] | ~self.begins[tokens[1:]]
+        first, second = tokens[:-1], tokens[1:]
+        out[:-1] = self.goes_on[first] | ~self.begins[second]
+        # Not every segmentation marks the first word of a line, which comes behind an end symbol.
+        out[:-1] &= (first >= self.special) & (second >= self.special)
         return out
 
 
@@ -91,17 +96,14 @@ def _by_ends(dictionary: Dictionary, mark: str) -> Joining:
     def spell(pieces: Sequence[str]) -> str:
         return "".join([*(piece.removesuffix(mark) for piece in pieces[:-1]), pieces[-1]])
 
-    return Joining(found, np.ones_like(found), spell)
+    return Joining(found, np.ones_like(found), dictionary.nspecial, spell)
 
 
 def _by_beginnings(
     dictionary: Dictionary, begins: Callable[[str], bool], spell: Callable[[Sequence[str]], str]
 ) -> Joining:
     found = np.array([begins(symbol) for symbol in dictionary.symbols])
-    # The special symbols are no pieces, and nothing goes on behind them.
-    found[: dictionary.nspecial] = True
-    ends = np.zeros_like(found)
-    return Joining(ends, found, spell)
+    return Joining(np.zeros_like(found), found, dictionary.nspecial, spell)
 
 
 class Word(NamedTuple):
@@ -135,7 +137,7 @@ def words_of(
     ends = np.flatnonzero(~join.to_next(tokens)) + 1
     words, start = [], 0
     for end in ends.tolist():
-        special = tokens[start] < dictionary.nspecial
+        special = tokens[start] < join.special
         text = symbols[start] if special else join.spell(tuple(symbols[start:end]))
         words.append(Word(text, float(scores[start:end].sum()), end - start > 1))
         start = end

@@ -172,6 +172,10 @@ def test_beginnings_mark_words_too():
     assert [w.text for w in words_of(tokens, SCORES, dictionary, None)] == [
         "▁un", "like", "ly", "▁it", "<unk>", "</s>",
     ]  # fmt: skip
+    # The first word of a line need not be marked.
+    tokens = np.array([EOS, 5, 7, 6, 5, EOS])
+    words = words_of(tokens, SCORES, dictionary, join)
+    assert [w.text for w in words] == ["</s>", "likely", "itlike", "</s>"]
     with pytest.raises(ConfigError, match="--post-process letter"):
         joining(dictionary, "letter")
 
