@@ -8,7 +8,6 @@ gradient norm is not finite.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,8 +18,6 @@ from torch import Tensor
 
 from fairseq_lite.config.core import CommonConfig
 from fairseq_lite.errors import ConfigError, TrainingError
-
-logger = logging.getLogger(__name__)
 
 
 class LossScaler:
@@ -208,11 +205,6 @@ def make_precision(
             name = "--amp-scale-window" if amp16 else "--fp16-scale-window"
             raise ConfigError(f"{name} N is needed when --update-freq changes by epoch")
         window = max(1, int(2**14 / world_size / update_freq[0]))
-    if device.type == "cpu":
-        logger.warning(
-            "--fp16 on a CPU: --bf16 is faster, by far where the CPU does not know float16, and "
-            "needs no loss scale"
-        )
     scaler = LossScaler(
         common.amp_init_scale if amp16 else common.fp16_init_scale,
         window=window,

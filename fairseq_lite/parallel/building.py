@@ -77,11 +77,12 @@ class Unmade(Generic[M]):
         reasons = [reason for reason in world.gather_objects(why) if reason is not None]
         if not reasons:
             return cls(model, recording, world)
-        logger.warning(
-            "each rank builds the whole model in host memory before it is sharded, as its "
-            "construction depends on the content of its tensors (%s)",
-            reasons[0],
-        )
+        if world.is_main:
+            logger.warning(
+                "each rank builds the whole model in host memory before it is sharded, as its "
+                "construction depends on the content of its tensors (%s)",
+                reasons[0],
+            )
         return cls(build(), None, world)
 
     def make(self, device: torch.device | str) -> None:
@@ -93,32 +94,35 @@ class Unmade(Generic[M]):
         self._check_alike()
         order = self._world.broadcast_object(self._order() if self._world.is_main else None)
         values = self._values() if self._world.is_main else iter(())
+        # All of them before the first large tensor comes by, whose place they would break up.
+        for tensor in self._tensors:
+            self._allocate(tensor, device)
         for i in order:
             value = None
             if self._world.is_main:
                 number, value = next(values)
                 assert number == i
-            self._make_one(self._tensors[i], value, device)
+            self._fill(self._tensors[i].places[0].get(), value)
         # Whatever is drawn next is the same on all ranks, and as after an unsharded build.
         torch.set_rng_state(self._world.broadcast_object(torch.get_rng_state()))
         self._recording = None
 
-    @torch.no_grad()
-    def _make_one(self, tensor: _Tensor, value: Tensor | None, device: torch.device | str) -> None:
+    def _allocate(self, tensor: _Tensor, device: torch.device | str) -> None:
         present = tensor.places[0].get()
-        made: Tensor
-        if not isinstance(present, nn.Parameter):
-            made = torch.empty_like(present, device=self._world.device)
-            self._broadcast(made, value)
-        else:
-            made = torch.empty_like(present, device=device)
-            if is_spread(made):
-                self._deal_out(made, value)
-            else:
-                self._broadcast(made, value)
+        if isinstance(present, nn.Parameter):
+            made = torch.empty_like(present, device=device, requires_grad=False)
             made = nn.Parameter(made, requires_grad=present.requires_grad)
+        else:
+            made = torch.empty_like(present, device=self._world.device)
         for place in tensor.places:
             place.put(made)
+
+    @torch.no_grad()
+    def _fill(self, tensor: Tensor, value: Tensor | None) -> None:
+        if is_spread(tensor):
+            self._deal_out(tensor, value)
+        else:
+            self._broadcast(tensor, value)
 
     def _broadcast(self, into: Tensor, value: Tensor | None) -> None:
         shared = torch.empty_like(into, device=self._world.device)

@@ -289,7 +289,7 @@ def _refusing_in_one_line() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, AssertionError, NotImplementedError) as e:
+    except (ValueError, AssertionError, NotImplementedError, TypeError) as e:
         line = (str(e) or type(e).__name__).splitlines()[0]
         raise ConfigError(
             f"--ddp-backend fully_sharded cannot split this model: {line}; use --ddp-backend "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -80,11 +81,12 @@ def train(
         look: called with the trainer at the end, on every rank.
     """
     trainer, batches = make_trainer(world, data, flags)
+    stream = itertools.cycle(batches)
     trainer.begin_epoch(1)
     outcome = Outcome()
     for update in range(updates):
         count = DEALT[update % len(DEALT)]
-        dealt, batches = batches[:count], batches[count:]
+        dealt = [next(stream) for _ in range(count)]
         mine: list[Sample | None] = list(dealt[world.rank :: world.size])
         mine += [None] * (math.ceil(count / world.size) - len(mine))
         done = trainer.train_step(mine)
