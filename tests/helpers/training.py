@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,30 @@ def updates(save_dir: Path) -> dict[str, dict[str, Any]]:
 
 def assert_same_end(one: Path, other: Path) -> None:
     """Equal to the last bit: weights, optimizer, and what the log said of every update."""
-    first, second = (store.load(folder / "checkpoint_last.pt") for folder in (one, other))
-    for name, tensor in first["model"].items():
-        assert torch.equal(tensor, second["model"][name]), name
-    states = [state["last_optimizer_state"]["state"] for state in (first, second)]
-    assert states[0].keys() == states[1].keys()
-    for number, state in states[0].items():
-        for key, value in state.items():
-            same = states[1][number][key]
-            assert torch.equal(value, same) if isinstance(value, torch.Tensor) else value == same
-    iterators = [state["extra_state"]["train_iterator"] for state in (first, second)]
-    assert iterators[0] == iterators[1]
+    files = [
+        sorted(path.name for path in folder.glob("checkpoint_last*.pt")) for folder in (one, other)
+    ]
+    assert files[0] == files[1] != []
+    for name in files[0]:
+        first, second = (store.load(folder / name) for folder in (one, other))
+        for part in ("model", "last_optimizer_state"):
+            assert_same(first[part], second[part], f"{name}: {part}")
+        iterators = [state["extra_state"]["train_iterator"] for state in (first, second)]
+        assert iterators[0] == iterators[1]
     assert updates(one) == updates(other)
+
+
+def assert_same(one: Any, other: Any, where: str) -> None:
+    """Equal values all through nested mappings and lists, tensors to the last bit."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, Mapping):
+        assert one.keys() == other.keys(), where
+        for key, value in one.items():
+            assert_same(value, other[key], f"{where}.{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for i, value in enumerate(one):
+            assert_same(value, other[i], f"{where}[{i}]")
+    else:
+        assert one == other, where

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ pytestmark = [
 
 HOSTS = {"loopback": loopback, "namespaces": namespaces}
 QUIET = ("--no-epoch-checkpoints", "--disable-validation")
+SHARDED = ("--ddp-backend", "fully_sharded", "--min-params-to-wrap", "1", "--use-sharded-state")
 
 
 def start_agents(
@@ -54,11 +57,17 @@ def updates_saved(folder: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two ranks that one command started, and that nobody disturbed."""
-    folder = tmp_path_factory.mktemp("uninterrupted") / "checkpoints"
-    train(toy_data, folder, "--max-update", TOTAL, "--distributed-world-size", 2, *QUIET)
-    return folder
+def undisturbed(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Two ranks that one command started, with these flags, run through once."""
+
+    @functools.cache
+    def run(*flags: str) -> Path:
+        folder = tmp_path_factory.mktemp("undisturbed") / "checkpoints"
+        two = ("--max-update", TOTAL, "--distributed-world-size", 2)
+        train(toy_data, folder, *two, *QUIET, *flags)
+        return folder
+
+    return run
 
 
 # In the first attempt only: the mark stays on the disk. All ranks are in the same update.
@@ -85,16 +94,25 @@ Trainer.train_step = dies_once
 '''
 
 
-@pytest.mark.parametrize("place", HOSTS)
+@pytest.mark.parametrize(
+    ("place", "flags"),
+    [("loopback", ()), ("namespaces", ()), ("loopback", SHARDED)],
+    ids=["loopback", "namespaces", "shards"],
+)
 def test_one_rank_is_killed_all_start_again(
-    place: str, toy_data: Path, uninterrupted: Path, tmp_path: Path
+    place: str,
+    flags: tuple[str, ...],
+    toy_data: Path,
+    undisturbed: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     """The restart goes on from the last checkpoint and ends with the same bits."""
     plugin = tmp_path / "kills_one_rank"
     plugin.mkdir()
     (plugin / "__init__.py").write_text(KILLS_ONE_RANK)
     folder = tmp_path / "checkpoints"
-    words = arguments(toy_data, folder, *QUIET, "--max-update", TOTAL, "--user-dir", plugin)
+    words = arguments(toy_data, folder, *QUIET, *flags, "--max-update", TOTAL)
+    words += ["--user-dir", str(plugin)]
     words += ["--save-interval-updates", "5", "--keep-interval-updates", "1"]
     with HOSTS[place](2) as hosts, Processes(tmp_path) as processes:
         killed = str(tmp_path / "killed")
@@ -105,7 +123,7 @@ def test_one_rank_is_killed_all_start_again(
     log = folder.with_suffix(".log").read_text()
     assert "No existing checkpoint found" in log
     assert "checkpoint_last.pt (epoch 3 @ 15 updates)" in log, "it must not begin anew"
-    assert_same_end(folder, uninterrupted)
+    assert_same_end(folder, undisturbed(*flags))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
