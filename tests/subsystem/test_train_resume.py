@@ -109,7 +109,7 @@ import signal
 from fairseq_lite.training.checkpoint import store
 
 written = {"files": 0}
-real_save, real_write = store.save, store._Recorder.write
+real_save, real_write = store.save_temporary, store._Recorder.write
 
 
 def save(path, state):
@@ -126,7 +126,7 @@ def write(self, data):
     return real_write(self, data)
 
 
-store.save, store._Recorder.write = save, write
+store.save_temporary, store._Recorder.write = save, write
 '''
 
 
