@@ -192,6 +192,12 @@ def _open(parts: PartReader, number: int, first: Part, count: int) -> Part:
 
 
 def _joined(parts: PartReader, opened: list[Part]) -> Holding:
+    held = [held_by(part) for part in opened]
+    for number, each in enumerate(held):
+        for name in each.weights.keys() ^ held[0].weights.keys():
+            raise CheckpointError(
+                f"{parts.where(shard_name(number))}: has other tensors than shard 0: {name}"
+            )
     found: dict[str, Stored] = {}
     for number, part in enumerate(opened):
         where = parts.where(shard_name(number))
@@ -204,7 +210,6 @@ def _joined(parts: PartReader, opened: list[Part]) -> Holding:
             stored.spans.append(span)
     for key, stored in found.items():
         stored.put_in_order(f"{parts.where(shard_name(0))}: {_bare(key)}")
-    held = [held_by(part) for part in opened]
     everything = replace(held[0], optimizer=_joint_state([h.optimizer for h in held]))
     return everything.map(lambda key, value: found.get(key, value))
 

@@ -47,17 +47,17 @@ class Stored:
             CheckpointError: some numbers are in no shard.
         """
         kept: list[Span] = []
-        reached, total = 0, self.total
+        reached = 0
         for span in sorted(self.spans, key=lambda s: (s.start, -s.values.numel())):
-            if span.start + span.values.numel() <= reached:
+            end = span.start + span.values.numel()
+            if end <= reached:
                 continue  # empty, or a copy: what is not spread over ranks is in every shard
-            if span.start != reached:
-                break
             kept.append(span)
-            reached += span.values.numel()
-        if reached != total:
+            reached = end
+        lack = self.total - sum(span.values.numel() for span in kept)
+        if lack:
             raise CheckpointError(
-                f"{where}: {total - reached} of its {total} numbers are in no shard"
+                f"{where}: {lack} of its {self.total} numbers are in no shard, or in two"
             )
         self.spans = kept or self.spans[:1]
 

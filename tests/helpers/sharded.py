@@ -1,0 +1,145 @@
+"""A small model with every oddity a shard may meet, trained a little and written, on any ranks."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from fairseq_lite.config.core import CheckpointConfig
+from fairseq_lite.optim.adam import Adam, AdamConfig
+from fairseq_lite.parallel import shards
+from fairseq_lite.parallel.api import Part
+from fairseq_lite.parallel.legacy_ddp import LegacyDDP
+from fairseq_lite.parallel.local import rows_of
+from fairseq_lite.parallel.pieces import assembled, in_memory, is_sharded, open_shards, tensors_of
+from fairseq_lite.parallel.spans import digest
+from fairseq_lite.parallel.world import World
+from fairseq_lite.training.checkpoint import naming, parts
+from fairseq_lite.training.checkpoint.writing import CheckpointWriter, Job
+
+MOMENT = naming.Moment(1, 10, False)
+
+
+class Odd(nn.Module):
+    """Tied, frozen, never updated and narrow parameters, fewer rows than ranks, a buffer."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(9, 4)
+        self.layer = nn.Linear(4, 7)
+        self.few = nn.Parameter(torch.randn(3, 2, 2))
+        self.frozen = nn.Linear(4, 5)
+        self.frozen.requires_grad_(False)
+        self.idle = nn.Linear(4, 6)
+        self.narrow = nn.Linear(4, 5, dtype=torch.bfloat16)
+        self.out = nn.Linear(4, 9, bias=False)
+        self.out.weight = self.embed.weight
+        self.register_buffer("version", torch.tensor([3.0]))
+
+
+class Training:
+    """A model with optimizer and average on one rank."""
+
+    def __init__(self, world: World, *, spread: bool, seed: int = 5) -> None:
+        self.world, self.spread = world, spread
+        self.model = Odd(seed)
+        if spread:
+            world.form_group()
+            mesh = init_device_mesh("cpu", (world.size,))
+            fully_shard(self.model.layer, mesh=mesh)
+            fully_shard(self.model.narrow, mesh=mesh)  # of one type, as torch wants a unit
+            fully_shard(self.model, mesh=mesh)
+        self.optimizer = Adam(self.model.parameters(), AdamConfig(), lr=0.01)
+        self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+
+    def update(self, number: int) -> None:
+        """One update with gradients that depend on the name and the number alone."""
+        for name, param in self.model.named_parameters():
+            if param.requires_grad and not name.startswith("idle"):
+                torch.manual_seed(zlib.crc32(f"{name} {number}".encode()))
+                grad = torch.randn(param.shape).to(param.dtype)
+                param.grad = self._laid_out(grad, param)
+        self.optimizer.step()
+
+    def _laid_out(self, whole: Tensor, like: Any) -> Tensor:
+        if not self.spread:
+            return whole
+        return type(like.data).from_local(
+            rows_of(whole, like).contiguous(),
+            like.device_mesh,
+            like.placements,
+            run_check=False,
+            shape=like.shape,
+            stride=like.stride(),
+        )
+
+    def save(self, path: Path, *, sharded: bool, mark: str = "a") -> None:
+        """Write `path`, as one file or as shards."""
+        if not self.spread:
+            own = LegacyDDP(None, self.world).save_parts(self.model, self.optimizer, self.average)
+        else:
+            how = shards.save_shard if sharded else shards.save_full
+            own = how(self.world, self.model, self.optimizer, self.average)
+        write(self.world, path, own, mark)
+
+    def load(self, path: Path) -> None:
+        """Read `path`, whatever it is."""
+        files = parts.CheckpointFiles(path)
+        if self.spread:
+            shards.load(self.world, self.model, self.optimizer, files, self.average)
+        else:
+            backend = LegacyDDP(None, self.world)
+            backend.load_parts(self.model, self.optimizer, files, self.average)
+
+
+def content(part: Part, mark: str) -> dict[str, Any]:
+    """A file with little but a part in it."""
+    manifest = {**part.manifest, "save": mark}
+    state: dict[str, Any] = {
+        "model": dict(part.model),
+        "extra_state": {},
+        parts.OWN_KEY: {"manifest": manifest},
+    }
+    if part.optimizer is not None:
+        state["last_optimizer_state"] = dict(part.optimizer)
+    if part.average is not None:
+        state["extra_state"]["ema"] = dict(part.average)
+    return state
+
+
+def write(world: World, path: Path, own: Mapping[str, Part], mark: str) -> None:
+    """Write parts as a checkpoint manager does."""
+    writer = CheckpointWriter(CheckpointConfig(save_dir=str(path.parent)), world)
+    states = {name: content(part, mark) for name, part in own.items()}
+    writer.submit(Job([path.name], MOMENT, states))
+
+
+def whole_part(path: Path) -> Part:
+    """All that a checkpoint holds, whole, under names."""
+    files = parts.CheckpointFiles(path)
+    if is_sharded(files):
+        return assembled(open_shards(files), in_memory)
+    return files.read("model")
+
+
+def digests(path: Path) -> dict[str, str]:
+    """The hash of every tensor, parameters of the optimizer by number."""
+    part = whole_part(path)
+    found = {
+        key: digest(tensor) for key, tensor in tensors_of(replace(part, optimizer=None)).items()
+    }
+    assert part.optimizer is not None
+    for number, entry in part.optimizer["state"].items():
+        for key, value in entry.items():
+            text = digest(value) if isinstance(value, Tensor) else repr(value)
+            found[f"optimizer.{number}.{key}"] = text
+    return found

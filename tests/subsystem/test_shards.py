@@ -1,0 +1,281 @@
+"""Shards of a checkpoint: any number of ranks to any other, and what is refused."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fairseq_lite.errors import CheckpointError
+from fairseq_lite.optim.adam import Adam, AdamConfig
+from fairseq_lite.parallel import planning
+from fairseq_lite.parallel.world import SingleWorld, World
+from fairseq_lite.training.checkpoint import parts, store
+from fairseq_lite.training.checkpoint.parts import OWN_KEY
+from tests.helpers.distributed import run_distributed
+from tests.helpers.sharded import Training, digests, whole_part
+
+# Three worlds are formed before the first test.
+pytestmark = pytest.mark.timeout(300)
+
+# Where a rank's checkpoint comes from and where it goes: (from, to, spread over ranks, as shards).
+Move = tuple[str | None, str, bool, bool]
+
+
+def move(world: World, folder: Path, moves: list[Move]) -> dict[str, int]:
+    """Make each move with a fresh model, whose weights are others until it has loaded.
+
+    Returns:
+        Where shards were read: how many numbers this rank read for each target.
+    """
+    counts: dict[str, int] = {}
+    read = planning.read
+
+    def counting(stored: Any, into: Any) -> int:
+        counts[target] = read(stored, into)
+        return counts[target]
+
+    planning.read = counting
+    for source, target, spread, sharded in moves:
+        training = Training(world, spread=spread, seed=5 if source is None else 77)
+        if source is None:
+            training.update(1)
+            training.update(2)
+        else:
+            training.load(folder / f"{source}.pt")
+        training.save(folder / f"{target}.pt", sharded=sharded, mark=target)
+    planning.read = read
+    return counts
+
+
+@dataclass
+class Moved:
+    """A folder of checkpoints that all came from one, and what each rank read for each."""
+
+    folder: Path
+    counts: dict[str, list[int]]
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory) -> Moved:
+    """Through 4, 2 and 1 ranks and both backends."""
+    path = tmp_path_factory.mktemp("shards")
+    chain: list[tuple[int, list[Move]]] = [
+        (4, [(None, "four", True, True), (None, "four-full", True, False)]),
+        (
+            2,
+            [
+                ("four", "two", True, True),
+                ("four", "two-full", True, False),
+                ("four-full", "two-of-full", True, True),
+                ("four", "two-legacy", False, False),
+            ],
+        ),
+        (
+            1,
+            [
+                ("two", "one", True, True),
+                ("two", "one-legacy", False, False),
+                ("two-full", "one-full", True, False),
+                (None, "plain", False, False),
+            ],
+        ),
+        (
+            4,
+            [
+                ("one", "four-again", True, True),
+                ("one-legacy", "four-of-legacy", True, True),
+                ("two", "four-of-two", True, False),
+            ],
+        ),
+    ]
+    counts: dict[str, list[int]] = {}
+    for size, moves in chain:
+        for each in run_distributed(move, size, path, moves, timeout=120, heartbeat=60):
+            for target, count in each.items():
+                counts.setdefault(target, []).append(count)
+    return Moved(path, counts)
+
+
+@pytest.fixture
+def folder(moved: Moved) -> Path:
+    return moved.folder
+
+
+def test_a_rank_reads_what_it_holds_and_no_more(moved: Moved) -> None:
+    manifest = store.load(moved.folder / "one-shard0.pt")[OWN_KEY]["manifest"]
+    total = sum(math.prod(entry["shape"]) for entry in manifest["tensors"].values())
+    assert set(moved.counts) == {"two", "two-full", "one", "four-again", "four-of-two"}
+    assert moved.counts["one"] == [total]
+    for target, ranks in moved.counts.items():
+        size = {"o": 1, "t": 2, "f": 4}[target[0]]
+        assert len(ranks) == size
+        # Fewer rows than ranks, and a buffer on each: parts are even only nearly.
+        assert max(ranks) < total / size * 1.5 and total <= sum(ranks) < total + 10 * size
+
+
+def test_every_tensor_survives_every_move(folder: Path) -> None:
+    names = sorted({p.name.split("-shard")[0].removesuffix(".pt") for p in folder.iterdir()})
+    assert len(names) == 13
+    expected = digests(folder / "plain.pt")
+    assert len(expected) > 20
+    for name in names:
+        assert digests(folder / f"{name}.pt") == expected, name
+
+
+def test_gathered_the_file_is_the_one_that_legacy_ddp_writes(folder: Path) -> None:
+    ours, theirs = (
+        torch.load(folder / name, weights_only=True) for name in ("four-full.pt", "plain.pt")
+    )
+    assert list(ours["model"]) == list(theirs["model"])
+    states = [state["last_optimizer_state"] for state in (ours, theirs)]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    assert [list(s["state"]) for s in states] == [list(states[0]["state"])] * 2
+    for state in (ours, theirs):
+        model = state["model"]
+        assert model["embed.weight"].data_ptr() == model["out.weight"].data_ptr()
+    assert (folder / "four-full.pt").stat().st_size <= (folder / "plain.pt").stat().st_size
+
+
+def test_what_was_never_updated_has_no_state_and_counts_stay_whole_numbers(folder: Path) -> None:
+    for name in ("four", "two-full", "four-of-legacy"):
+        optimizer = whole_part(folder / f"{name}.pt").optimizer
+        assert optimizer is not None
+        steps = [entry["step"] for entry in optimizer["state"].values()]
+        assert steps == [2] * 6 and all(type(step) is int for step in steps)
+        assert optimizer["param_groups"][0]["params"] == list(range(8))
+
+
+def test_one_process_reads_by_itself(folder: Path) -> None:
+    training = Training(SingleWorld(), spread=False, seed=77)
+    training.load(folder / "four-shard0.pt")
+    training.update(3)
+    again = Training(SingleWorld(), spread=False)
+    for number in (1, 2, 3):
+        again.update(number)
+    for name, weight in again.model.state_dict().items():
+        assert torch.equal(training.model.state_dict()[name], weight)
+
+
+# -- what is refused ----------------------------------------------------------------------------
+
+
+def damaged(folder: Path, target: Path, kind: str) -> Path:
+    """A copy of the shards with something wrong; returns the file that is to be named."""
+    for number in range(4):
+        shutil.copy(folder / f"four-shard{number}.pt", target / f"x-shard{number}.pt")
+    files = [target / f"x-shard{number}.pt" for number in range(4)]
+    if kind == "missing":
+        files[2].unlink()
+        return files[2]
+    if kind == "first":
+        files[0].unlink()
+        return files[0]
+    if kind == "cut":
+        files[1].write_bytes(files[1].read_bytes()[:-3000])
+        return files[1]
+    if kind == "empty":
+        files[3].write_bytes(b"")
+        return files[3]
+    if kind == "flipped":
+        data = bytearray(files[1].read_bytes())
+        at = data.index(torch.load(files[1])["model"]["layer.weight"].numpy().tobytes())
+        data[at] ^= 1
+        files[1].write_bytes(data)
+        return files[1]
+    if kind == "mixed":
+        shutil.copy(folder / "four-again-shard1.pt", files[1])
+        return files[1]
+    if kind == "fewer":
+        shutil.copy(folder / "two-shard1.pt", files[1])
+        return files[1]
+    if kind == "renamed":
+        shutil.copy(files[2], files[3])
+        return files[3]
+    state = torch.load(files[1])
+    if kind == "edited":  # and its checksums made anew
+        state["model"]["layer.weight"][0, 0] += 1
+    elif kind == "row":
+        del state["model"]["layer.weight"]
+    elif kind == "rows":
+        state["model"]["layer.weight"] = state["model"]["layer.weight"][:0]
+    elif kind == "table":
+        del state[OWN_KEY]["manifest"]["tensors"]["model.layer.weight"]["offset"]
+    if kind in ("row", "rows"):
+        files[1].unlink()
+        store.save(files[1], parts.sealed(state, files[1]))
+        return files[0] if kind == "rows" else files[1]
+    torch.save(state, files[1])
+    return files[1]
+
+
+KINDS = {
+    "missing": "is missing: the checkpoint was written as 4 shards",
+    "first": "is missing: the checkpoint was written as 4 shards",
+    "cut": "is cut short",
+    "empty": "cannot be read as a checkpoint",
+    "flipped": "damaged",
+    "mixed": "two checkpoints are mixed",
+    "fewer": "two checkpoints are mixed",
+    "renamed": "holds shard 2: it has been renamed",
+    "edited": "layer.weight is damaged: its hash is not the one it was written with",
+    "row": "has other tensors than shard 0: layer.weight",
+    "rows": "layer.weight: 8 of its 28 numbers are in no shard",
+    "table": "layer.weight",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_wrong_is_named_in_one_line(kind: str, folder: Path, tmp_path: Path) -> None:
+    named = damaged(folder, tmp_path, kind)
+    with pytest.raises(CheckpointError) as e:
+        parts.whole_state(tmp_path / "x.pt")
+    text = str(e.value)
+    assert str(named) in text and KINDS[kind] in text and "\n" not in text
+
+
+def refused(world: World, folder: Path, target: Path, kinds: list[str]) -> list[str]:
+    """What a rank is told of damaged shards, and of those of another model."""
+    told = []
+    for kind in kinds:
+        training = Training(world, spread=True, seed=77)
+        if kind == "optimizer":
+            training.optimizer = Adam(training.model.layer.parameters(), AdamConfig(), lr=0.1)
+        try:
+            training.load(target / kind / "x.pt")
+            told.append("nothing")
+        except CheckpointError as e:
+            told.append(str(e))
+    return told
+
+
+def test_an_error_on_one_rank_is_an_error_on_all(folder: Path, tmp_path: Path) -> None:
+    kinds = ["missing", "cut", "edited", "mixed", "other", "optimizer"]
+    names = []
+    for kind in kinds:
+        (tmp_path / kind).mkdir()
+        names.append(damaged(folder, tmp_path / kind, "none" if kind == "optimizer" else kind))
+    for number in range(4):  # of a model with another layer
+        path = tmp_path / "other" / f"x-shard{number}.pt"
+        state = torch.load(path)
+        table = state[OWN_KEY]["manifest"]["tensors"]
+        state["model"]["extra"] = state["model"].pop("layer.bias")
+        table["model.extra"] = table.pop("model.layer.bias")
+        torch.save(state, path)
+    told = run_distributed(refused, 2, folder, tmp_path, kinds, timeout=120, heartbeat=60)
+    assert told[0] == told[1]
+    for kind, name, text in zip(kinds[:4], names, told[0], strict=False):
+        assert str(name) in text and KINDS[kind] in text and "\n" not in text
+    assert "does not fit the model: extra" in told[0][4]
+    assert "8 parameters, the model has 2; they differ in embed.weight" in told[0][5]
+
+
+def test_the_number_of_shards_can_be_insisted_on(folder: Path) -> None:
+    assert parts.whole_state(folder / "two.pt", 2)["model"].keys()
+    with pytest.raises(CheckpointError, match=r"two\.pt: has 2 shards, .*-count says 3"):
+        parts.whole_state(folder / "two.pt", 3)
