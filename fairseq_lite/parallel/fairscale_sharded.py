@@ -15,7 +15,6 @@ by itself, so here is different:
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -45,11 +44,9 @@ from fairseq_lite.parallel.fairscale_model import (
 )
 from fairseq_lite.parallel.local import norm_of
 from fairseq_lite.parallel.plan import common_reasons
-from fairseq_lite.parallel.sharding import sharding_reasons
+from fairseq_lite.parallel.sharding import log_units, sharding_reasons
 from fairseq_lite.parallel.spans import Holding, NamedState, Span, whole_span
 from fairseq_lite.parallel.world import World
-
-logger = logging.getLogger(__name__)
 
 
 class FairscaleSharded(Backend):
@@ -93,11 +90,7 @@ class FairscaleSharded(Backend):
         # validation comes first, fairscale would leave out the memory for offloaded gradients.
         for unit in root.units():
             unit._lazy_init()
-        logger.info(
-            "sharded over %d ranks by fairscale: %d layers, and what is left of the model",
-            self.world.size,
-            len(layers),
-        )
+        log_units(self.world, len(layers))
         return cast("M", root)
 
     def _built(self, build: Callable[[], M]) -> M:

@@ -14,7 +14,6 @@ may be used by some ranks only.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -38,10 +37,8 @@ from fairseq_lite.parallel.api import Backend, M, Machine, Part, PartReader, Sta
 from fairseq_lite.parallel.building import Unmade
 from fairseq_lite.parallel.local import norm_of
 from fairseq_lite.parallel.plan import common_reasons
-from fairseq_lite.parallel.sharding import sharding_reasons
+from fairseq_lite.parallel.sharding import log_units, sharding_reasons
 from fairseq_lite.parallel.world import World
-
-logger = logging.getLogger(__name__)
 
 
 class TorchSharded(Backend):
@@ -92,16 +89,7 @@ class TorchSharded(Backend):
             # By itself this happens in the first forward, which may be that of a part of the model.
             fully_shard.state(model)._lazy_init()  # type: ignore[attr-defined]
         self._uses = _Uses(model) if self.world.size > 1 else None
-        logger.info(
-            "sharded over %d ranks: %d layers, and what is left of the model",
-            self.world.size,
-            len(layers),
-        )
-        if not layers and self.world.size > 1:
-            logger.info(
-                "no layer by itself, so every step gathers the whole model: lower "
-                "--min-params-to-wrap (a model of your own names its layers in layers_to_shard)"
-            )
+        log_units(self.world, len(layers))
         return model
 
     def _where(self) -> dict[str, Any]:

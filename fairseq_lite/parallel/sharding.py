@@ -7,6 +7,7 @@ installed.
 from __future__ import annotations
 
 import importlib
+import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from fairseq_lite.errors import ConfigError
 from fairseq_lite.parallel.api import BACKENDS, Backend, Machine
 from fairseq_lite.parallel.plan import plan
 from fairseq_lite.parallel.world import World
+
+logger = logging.getLogger(__name__)
 
 Engine = Literal["torch", "fairscale"]
 
@@ -116,6 +119,18 @@ def sharding_reasons(run: RunConfig, machine: Machine) -> list[str]:
             f"over {found.size} ranks: leave it out, or use --ddp-backend legacy_ddp"
         )
     return reasons
+
+
+def log_units(world: World, layers: int) -> None:
+    """Say how a model was sharded, and that nothing is gained where no layer is one unit."""
+    logger.info(
+        "sharded over %d ranks: %d layers, and what is left of the model", world.size, layers
+    )
+    if not layers and world.size > 1:
+        logger.info(
+            "no layer by itself, so every step gathers the whole model: lower "
+            "--min-params-to-wrap (a model of your own names its layers in layers_to_shard)"
+        )
 
 
 BACKENDS.register("fully_sharded", config=FullyShardedConfig)(FullySharded())
