@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 
+from fairseq_lite.training.checkpoint.parts import part_files
 from tests.helpers.commands import flite, left_running
 from tests.helpers.toy import ADAM, TINY_MODEL
 from tests.smoke.matrix import Row
@@ -14,8 +15,12 @@ from tests.smoke.matrix import Row
 
 def updates_in(checkpoint: Path) -> int:
     """Updates done when a checkpoint was written; also proves that it loads safely."""
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    return int(state["optimizer_history"][-1]["num_updates"])
+    found = set()
+    for path in part_files(checkpoint).values():
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found.add(int(state["optimizer_history"][-1]["num_updates"]))
+    (updates,) = found
+    return updates
 
 
 def drive(row: Row, data: Path, save: Path, output) -> None:

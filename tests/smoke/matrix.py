@@ -1,9 +1,10 @@
 """The table of what the smoke tier runs, and why it leaves out the rest.
 
 A row is one way to train: a backend on so many processes in some precision, with some feature. The
-full cross of backends, world sizes, precisions and update frequencies is run plain; features are
-crossed with backends and world sizes. A new backend appears by itself, as it registers; a new
-feature is one line in `FEATURES`.
+cross of backends, world sizes, precisions and update frequencies is run plain; features are crossed
+with backends and world sizes. `left_out` says what cannot run, `spared` what would show nothing new
+for the seconds that processes take to start. A new backend appears by itself, as it registers; a
+new feature is one line in `FEATURES`.
 """
 
 from __future__ import annotations
@@ -45,6 +46,15 @@ FEATURES: dict[str, tuple[str, ...]] = {
         *("--total-num-update", "10"),
     ),
     "small-memory": ("--checkpoint-activations", "--encoder-layerdrop", "0.2"),
+    # Of fully_sharded; other backends do not know the flags.
+    "offload": (
+        *("--cpu-offload", "--optimizer", "cpu_adam", "--store-ema"),
+        *("--offload-activations", "--min-params-to-wrap", "0"),
+    ),
+    "shards": (
+        *("--use-sharded-state", "--no-reshard-after-forward", "--fp32-reduce-scatter"),
+        *("--min-params-to-wrap", "0"),
+    ),
 }
 
 
@@ -118,3 +128,17 @@ def left_out(row: Row, machine: Machine) -> str | None:
         return str(e)
     reasons = _registries()["ddp_backend"].get(row.backend).factory.reasons(run, machine)
     return reasons[0] if reasons else None
+
+
+def spared(row: Row) -> str | None:
+    """Why a row that could be run is not worth its seconds; None if it is."""
+    if row.update_freq > 1 and row.precision in ("amp", "fp16"):
+        return "accumulation is seen in fp32 and bf16"
+    if row.backend == "legacy_ddp" or row.world_size == 1:
+        return None
+    plain = row.feature == "plain"
+    if plain and (row.precision, row.update_freq) not in (("fp32", 1), ("bf16", 2), ("fp16", 1)):
+        return "each precision and each update frequency is seen once"
+    if row.feature == "smoothing":
+        return "the criterion does not know the backend"
+    return None

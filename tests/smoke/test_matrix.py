@@ -6,10 +6,19 @@ import pytest
 
 from fairseq_lite.parallel.api import Machine
 from tests.smoke.drive import drive
-from tests.smoke.matrix import FEATURES, PRECISIONS, UPDATE_FREQS, WORLD_SIZES, left_out, rows
+from tests.smoke.matrix import (
+    FEATURES,
+    PRECISIONS,
+    UPDATE_FREQS,
+    WORLD_SIZES,
+    backends,
+    left_out,
+    rows,
+    spared,
+)
 
 CPU = Machine(cuda_devices=0)
-TABLE = [(row, left_out(row, CPU)) for row in rows("cpu")]
+TABLE = [(row, left_out(row, CPU) or spared(row)) for row in rows("cpu")]
 
 
 @pytest.mark.parametrize("row", [row for row, reason in TABLE if reason is None], ids=str)
@@ -17,15 +26,31 @@ def test_row(row, toy_data, tmp_path, capfd):
     drive(row, toy_data, tmp_path / "checkpoints", capfd)
 
 
-def test_only_fp16_is_left_out():
-    reasons = {(row.precision, reason) for row, reason in TABLE if reason is not None}
-    assert {precision for precision, _ in reasons} == {"fp16"}
-    assert all("--fp16 needs a GPU" in reason for _, reason in reasons)
+def test_what_cannot_run_says_why():
+    reasons = {
+        (row.backend, row.feature): reason for row in rows("cpu") if (reason := left_out(row, CPU))
+    }
+    assert {key: reason for key, reason in reasons.items() if key[0] == "fully_sharded"} == {
+        ("fully_sharded", "adafactor"): (
+            "--optimizer adafactor looks at whole parameters, and --ddp-backend fully_sharded "
+            "spreads them over 2 ranks: use --optimizer adam, or --ddp-backend legacy_ddp"
+        ),
+    }
+    assert {feature for backend, feature in reasons if backend == "legacy_ddp"} == {
+        "offload",
+        "shards",
+    }
+    assert (
+        "--cpu-offload belongs to --ddp-backend fully_sharded" in reasons["legacy_ddp", "offload"]
+    )
 
 
-def test_every_value_of_every_axis_is_run():
-    run = [row for row, reason in TABLE if reason is None]
-    assert {row.world_size for row in run} == set(WORLD_SIZES)
-    assert {row.precision for row in run} == set(PRECISIONS) - {"fp16"}
-    assert {row.update_freq for row in run} == set(UPDATE_FREQS)
-    assert {row.feature for row in run} == set(FEATURES)
+@pytest.mark.parametrize("backend", backends())
+def test_every_value_of_every_axis_is_run(backend):
+    run = [row for row, reason in TABLE if reason is None and row.backend == backend]
+    known = {"offload", "shards"} if backend == "legacy_ddp" else set()
+    for size in WORLD_SIZES:
+        of_size = [row for row in run if row.world_size == size]
+        assert {row.precision for row in of_size} >= set(PRECISIONS) - {"amp"}
+        assert {row.update_freq for row in of_size} == set(UPDATE_FREQS)
+    assert {row.feature for row in run} == set(FEATURES) - known

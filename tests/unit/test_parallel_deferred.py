@@ -93,10 +93,7 @@ def test_a_replay_gives_what_a_build_in_memory_gives(again: bool) -> None:
     [
         ["--arch", "transformer_iwslt_de_en"],
         ["--arch", "transformer", "--share-all-embeddings", "--encoder-normalize-before"],
-        [
-            *("--arch", "transformer_tiny", "--decoder-input-dim", "8"),
-            *("--encoder-learned-pos", "--decoder-learned-pos"),
-        ],
+        ["--arch", "transformer_tiny", "--encoder-learned-pos", "--decoder-learned-pos"],
     ],
     ids=["separate", "shared", "learned"],
 )
