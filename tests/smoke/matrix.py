@@ -55,6 +55,10 @@ FEATURES: dict[str, tuple[str, ...]] = {
         *("--use-sharded-state", "--no-reshard-after-forward", "--fp32-reduce-scatter"),
         *("--min-params-to-wrap", "0"),
     ),
+    "fairscale": (
+        *("--fsdp-engine", "fairscale", "--cpu-offload", "--bf16", "--fp32-reduce-scatter"),
+        *("--checkpoint-activations", "--eval-bleu", "--store-ema"),
+    ),
 }
 
 
