@@ -282,13 +282,15 @@ _LANGUAGE_MODELING: dict[str, Any] = {
 TASKS: dict[str, dict[str, Any]] = {
     "language_modeling": _LANGUAGE_MODELING,
     "multilingual_language_modeling": {
-        **_LANGUAGE_MODELING,
+        **{k: v for k, v in _LANGUAGE_MODELING.items() if "plasma" not in k},
         "max_source_positions": None,
         "multilang_sampling_alpha": 1.0,
         "langs": "",
         "baseline_model_langs": "",
         "baseline_model": "",
         "lang_to_offline_shard_ratio": "",
+        "train_subset": "train",
+        "valid_subset": "valid",
     },
     "translation": {
         "data": None,
