@@ -60,10 +60,21 @@ def parse(
         SystemExit: for `--help` and `--version`.
     """
     command = COMMANDS[command_name]
-    argv = list(argv)
+    argv = _with_suffix_joined(argv)
     yaml_values = _first_pass(command, argv)
     chosen = _second_pass(command, argv, yaml_values, registries)
     return _third_pass(command, argv, yaml_values, chosen, registries)
+
+
+def _with_suffix_joined(argv: Sequence[str]) -> list[str]:
+    """`--checkpoint-suffix -shard0` as one word: argparse would take the value for a flag."""
+    joined: list[str] = []
+    for word in argv:
+        if joined and joined[-1] == "--checkpoint-suffix" and word.startswith("-"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _first_pass(command: Command, argv: list[str]) -> dict[str, Any]:
