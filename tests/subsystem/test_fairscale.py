@@ -36,7 +36,7 @@ from tests.helpers.training import arguments
 
 # Looked for and not imported: ranks import this module, too, before the shim is in place.
 pytestmark = [
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(300),
     pytest.mark.skipif(find_spec("fairscale") is None, reason="fairscale is not installed"),
 ]
 
@@ -280,7 +280,11 @@ def two_ranks(world: World, data: Path, folder: Path) -> dict[str, Any]:
         "cases": cases(world, data, (*CASES, *BUGS)),
         "trips": trips(world, data),
         "unused": unused_layer(world),
+        # By itself, in this process for the sake of the shim.
+        "single": train(SingleWorld(), data, [*BASE, *FAIRSCALE, "--cpu-offload"]),
     }
+    shards = found["trips"]["shards"]
+    found["from two"] = loaded(SingleWorld(), data, FAIRSCALE, shards)
     shared = ["--use-sharded-state", "--eval-bleu"]
     run_command(world, chain(data, folder, *TORCH, *shared, "--max-update", "4"))
     run_command(world, chain(data, folder, *FAIRSCALE, *shared, "--max-update", "9"))
@@ -301,13 +305,13 @@ def chain(data: Path, folder: Path, *more: object) -> list[str]:
 
 @cache
 def on_two(data: Path, folder: Path) -> list[dict[str, Any]]:
-    return run_distributed(two_ranks, 2, data, folder, timeout=150)
+    return run_distributed(two_ranks, 2, data, folder, timeout=270)
 
 
 @cache
 def on_three(data: Path, folder: Path) -> list[dict[str, Any]]:
     parts = on_two(data, folder)[0]["trips"]["shards"]
-    return run_distributed(three_ranks, 3, data, parts, timeout=150)
+    return run_distributed(three_ranks, 3, data, parts, timeout=270)
 
 
 @pytest.fixture(scope="module")
@@ -333,6 +337,10 @@ def test_two_ranks_train_as_one(case: str, toy_data: Path, folder: Path) -> None
         assert outcome.extra.numbers == pytest.approx(one.extra.numbers, rel=1e-5)
         assert outcome.extra.parameters == one.extra.parameters == (one.extra.held,) * 2
         assert outcome.extra.held <= one.extra.held / 2 + 3  # and what fills up a row of each unit
+
+
+def test_one_rank_trains_as_without_it(toy_data: Path, folder: Path) -> None:
+    assert_alike(alone(toy_data), [on_two(toy_data, folder)[0]["single"]])
 
 
 def test_sixteen_bits_train_as_in_one_process(toy_data: Path, folder: Path) -> None:
@@ -374,9 +382,10 @@ def test_one_process_loads_what_fairscale_wrote(kind: str, toy_data: Path, folde
     assert parts_differ(trips["whole"], loaded(SingleWorld(), toy_data, [], trips[kind])) is None
 
 
-def test_shards_of_two_ranks_load_on_three(toy_data: Path, folder: Path) -> None:
-    whole = on_two(toy_data, folder)[0]["trips"]["whole"]
-    assert parts_differ(whole, on_three(toy_data, folder)[0]["from two"]) is None
+def test_shards_of_two_ranks_load_on_one_and_on_three(toy_data: Path, folder: Path) -> None:
+    two = on_two(toy_data, folder)[0]
+    for found in (two, on_three(toy_data, folder)[0]):
+        assert parts_differ(two["trips"]["whole"], found["from two"]) is None
 
 
 def test_a_run_goes_from_torch_to_fairscale_to_one_process(
