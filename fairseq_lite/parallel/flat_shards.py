@@ -73,34 +73,46 @@ def _add_unit(
             "join it with the tools it was written with"
         )
     for row_name, row in first["params"].items():
-        names = [_join(first, name) for name in row["names"]]
-        layout = FlatLayout.of(names, row["shapes"], len(opened))
+        layout = FlatLayout.of([_join(first, n) for n in row["names"]], row["shapes"], len(opened))
+        place = _join(first, row_name)
+        pieces = []
         for rank, part in enumerate(opened):
-            where = f"{parts.where(f'shard{rank}')}: {_join(first, row_name)}"
-            mine = units[rank].get("params", {}).get(row_name)
-            piece = part.model.get(_join(first, row_name))
-            if mine is None or not isinstance(piece, Tensor):
-                raise CheckpointError(f"{where} is missing")
-            if list(mine["names"]) != list(row["names"]):
-                raise CheckpointError(f"{where} is of another model than shard 0")
-            _check_length(parts, layout, piece, len(opened), where)
-            _add_piece(model, layout, piece.reshape(-1), rank)
+            mine = units[rank].get("params", {}).get(row_name) or {}
+            piece = part.model.get(place)
+            if not isinstance(piece, Tensor):
+                raise CheckpointError(f"{parts.where(f'shard{rank}')}: {place} is missing")
+            if list(mine.get("names") or ()) != list(row["names"]):
+                raise CheckpointError(
+                    f"{parts.where(f'shard{rank}')}: {place} is of another model than in shard 0"
+                )
+            pieces.append(piece.reshape(-1))
+        _check_length(parts, layout, pieces, place)
+        for rank, piece in enumerate(pieces):
+            _add_piece(model, layout, piece, rank)
     for name in (_join(first, n) for row in first["params"].values() for n in row["names"]):
         model[name].put_in_order(f"{parts.where('shard0')}: {name}")
 
 
 def _check_length(
-    parts: PartReader, layout: FlatLayout, piece: Tensor, count: int, where: str
+    parts: PartReader, layout: FlatLayout, pieces: Sequence[Tensor], name: str
 ) -> None:
-    if piece.numel() * count < layout.numel:
+    """Refuse a row of which there is not all: fairscale's pieces are of equal length."""
+    count, each = len(pieces), pieces[0].numel()
+    for rank, piece in enumerate(pieces):
+        if piece.numel() != each:
+            raise CheckpointError(
+                f"{parts.where(f'shard{rank}')}: {name} has {piece.numel()} numbers, in shard 0 it "
+                f"has {each}"
+            )
+    if each * count < layout.numel:
         raise CheckpointError(
             f"{parts.where(f'shard{count}')}: is missing: the {count} shards found hold "
-            f"{piece.numel() * count} of {layout.numel} numbers"
+            f"{each * count} of the {layout.numel} numbers of {name}"
         )
-    if piece.numel() != layout.each:
+    if each != layout.each:
         raise CheckpointError(
-            f"{where} has {piece.numel()} numbers, of {count} shards it would have {layout.each}: "
-            "shards are missing, or of another checkpoint"
+            f"{parts.where('shard0')}: {name} has {each} numbers, as one of {count} shards it "
+            f"would have {layout.each}: some are of another checkpoint"
         )
 
 

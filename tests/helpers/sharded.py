@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,3 +143,47 @@ def digests(path: Path) -> dict[str, str]:
             text = digest(value) if isinstance(value, Tensor) else repr(value)
             found[f"optimizer.{number}.{key}"] = text
     return found
+
+
+def flat_shards(
+    weights: Mapping[str, Tensor], units: Sequence[str], shared: Mapping[str, str], ranks: int
+) -> list[tuple[dict[str, Tensor], dict[str, Any]]]:
+    """What fairscale makes of a model: (weights, metadata) of each rank.
+
+    Args:
+        weights: the model's; names that end in `version` are buffers.
+        units: paths of the modules that are wrapped by themselves; the rest is the outermost unit.
+        shared: further names of shared tensors -> the first.
+        ranks: how many.
+    """
+    buffers = {name: tensor for name, tensor in weights.items() if name.endswith("version")}
+    left = {n: t for n, t in weights.items() if n not in buffers and n not in shared}
+    shards: list[tuple[dict[str, Tensor], dict[str, Any]]] = [
+        (dict(buffers), {"param_metadata": [], "buffer_names": [*buffers, "computed.table"]})
+        for _ in range(ranks)
+    ]
+    for unit in (*units, ""):
+        own = [name for name in left if name.startswith(f"{unit}." if unit else "")]
+        tensors = [left.pop(name) for name in own]
+        row = torch.cat([tensor.flatten() for tensor in tensors])
+        chunks = [*row.chunk(ranks), *[row[:0]] * ranks][:ranks]
+        bare = [name[len(unit) + 1 :] if unit else name for name in own]
+        for (state, metadata), chunk in zip(shards, chunks, strict=True):
+            padding = chunks[0].numel() - chunk.numel()
+            place = f"{unit}.flat_param_0" if unit else "flat_param_0"
+            state[place] = torch.nn.functional.pad(chunk, (0, padding))
+            params = {
+                "names": bare,
+                "shapes": [tensor.shape for tensor in tensors],
+                "numels": [tensor.numel() for tensor in tensors],
+                "padding": padding,
+            }
+            metadata["param_metadata"].append(
+                {
+                    "fsdp_path": unit,
+                    "params": {"flat_param_0": params},
+                    "no_broadcast_optim_state": False,
+                    "shared_param_info": [] if unit else [(a, b) for b, a in shared.items()],
+                }
+            )
+    return shards

@@ -10,7 +10,7 @@ import torch
 from fairseq_lite import hub
 from fairseq_lite.training.checkpoint import parts, store
 from tests.helpers.commands import flite
-from tests.helpers.sharded import digests
+from tests.helpers.sharded import digests, flat_shards
 from tests.helpers.training import assert_same, train
 from tests.subsystem.test_checkpoint_scripts import script
 
@@ -170,3 +170,47 @@ def test_a_run_that_cannot_go_on_leaves_its_shards(
     assert "the gradient is not finite" in capfd.readouterr().err
     assert {path.name for path in folder.glob("*.pt")} == {"crash-shard0.pt", "crash-shard1.pt"}
     assert parts.whole_state(folder / "crash.pt")["optimizer_history"][-1]["num_updates"] > 0
+
+
+@pytest.fixture
+def of_fairseq(trained: Path, tmp_path: Path) -> Path:
+    """The run's last checkpoint as fairseq writes it on three ranks with --use-sharded-state."""
+    state = parts.whole_state(trained / "checkpoint_last.pt", optimizer=False)
+    weights = dict(state["model"])
+    first = "encoder.embed_tokens.weight"
+    shared = {n: first for n, w in weights.items() if w is weights[first] and n != first}
+    assert len(shared) == 2
+    units = ["encoder.layers.0", "decoder.layers.0"]
+    for rank, (flat, metadata) in enumerate(flat_shards(weights, units, shared, 3)):
+        content = {key: value for key, value in state.items() if key != parts.OWN_KEY}
+        optimizer = {"state": {0: {"step": 3}}, "param_groups": [{"params": [0]}]}
+        content |= {"model": flat, "last_optimizer_state": optimizer, "fsdp_metadata": metadata}
+        torch.save(content, tmp_path / f"theirs-shard{rank}.pt")
+    for name in ("dict.src.txt", "dict.tgt.txt"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    return tmp_path / "theirs.pt"
+
+
+def test_fairseqs_shards_are_read_by_every_command(
+    of_fairseq: Path,
+    trained: Path,
+    toy_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    expected = generated(toy_data, "--path", trained / "checkpoint_last.pt", capsys=capsys)
+    count = ("--checkpoint-shard-count", 3)
+    assert generated(toy_data, "--path", of_fairseq, *count, capsys=capsys) == expected
+    script("consolidate_shards").main([str(of_fairseq)])
+    one = of_fairseq.with_name("theirs_consolidated.pt")
+    assert generated(toy_data, "--path", one, capsys=capsys) == expected
+    assert not {"fsdp_metadata", "last_optimizer_state"} & store.load(one).keys()
+    # A run goes on with its weights; its optimizer's state has no names.
+    folder = tmp_path / "on"
+    train(toy_data, folder, "--restore-file", of_fairseq, "--max-update", 1)
+    log = folder.with_suffix(".log").read_text()
+    assert "theirs.pt holds no optimizer state: the optimizer starts anew" in log
+    of_fairseq.with_name("theirs-shard1.pt").unlink()
+    assert flite("generate", toy_data, "--path", of_fairseq, "--cpu") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith(f"{of_fairseq.with_name('theirs-shard1.pt')}: is missing")
