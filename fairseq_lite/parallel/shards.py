@@ -88,8 +88,20 @@ def load(
     into = holding(model, None, average)
     names = None if optimizer is None else parameter_names(model, optimizer)
     state = fill(world, into, parts, fitting_of(model), names)
+    _put_back(into.weights, model.state_dict())
+    if into.average is not None and average is not None:
+        _put_back(into.average, average)
     if optimizer is not None and state is not None:
         optimizer.load_state_dict(state.numbered())
+
+
+@torch.no_grad()
+def _put_back(spans: Mapping[str, Span], tensors: Mapping[str, Tensor]) -> None:
+    """Copy what was read beside a tensor that does not lie in memory in the order of its rows."""
+    for name, span in spans.items():
+        part = local(tensors[name])
+        if not part.is_contiguous():
+            part.copy_(span.in_shape())
 
 
 def holding(
@@ -332,13 +344,15 @@ def fill(
         CheckpointError: on every rank, when a part is missing, damaged or does not fit.
     """
     into = replace(into, optimizer=None)
-    # Names of another time may have to be turned into today's, which takes whole tensors.
     if not on_main(world, lambda: pieces.is_own(parts)):
         return _deal_out(world, into, parts, fitting, optimized)
     shards = together(world.gather_objects, lambda: _open(world, parts))
-    state = together(world.gather_objects, lambda: _checked(shards, into, fitting, optimized))
+    source = together(world.gather_objects, lambda: _fitted(shards, into, fitting, optimized))
+    if source is None:  # the model makes other tensors of them, which takes whole ones
+        return _deal_out(world, into, parts, fitting, optimized)
+    state = source.optimizer
     target = replace(into, optimizer=None if state is None else _room_for(state, into.weights))
-    together(world.gather_objects, lambda: _read(shards, target))
+    together(world.gather_objects, lambda: _read(source, target))
     return target.optimizer
 
 
@@ -351,19 +365,32 @@ def _open(world: World, parts: PartReader) -> Holding:
     return pieces.open_shards(parts)
 
 
-def _checked(
+def _fitted(
     shards: Holding, into: Holding, fitting: Fitting, optimized: list[str] | None
-) -> NamedState | None:
-    """The optimizer state to read, once all is known to fit."""
-    _fit(fitting, {n: _meta(s) for n, s in shards.weights.items()})
+) -> Holding | None:
+    """What to read, by the names it has in the model; None where there is no such thing."""
+    weights = _renamed(fitting, shards.weights)
+    average = None
     if into.average is not None:
-        average = shards.average or {}
-        _fit(fitting, {n: _meta(s) for n, s in average.items()}, "its moving average: ")
-    state = shards.optimizer
-    if optimized is None or state is None:
+        average = _renamed(fitting, shards.average or {}, "its moving average: ")
+    if weights is None or (into.average is not None and average is None):
         return None
-    check_optimized(state.names, optimized)
-    return state
+    state = None if optimized is None else shards.optimizer
+    if state is not None and optimized is not None:
+        check_optimized(state.names, optimized)
+    return Holding(weights, state, average)
+
+
+def _renamed(
+    fitting: Fitting, stored: Mapping[str, Stored], what: str = ""
+) -> dict[str, Stored] | None:
+    """The tensors by the names that the model gives them; None if it has made other ones."""
+    outlines = {name: _meta(each) for name, each in stored.items()}
+    known = {id(outline): stored[name] for name, outline in outlines.items()}
+    fitted = _fit(fitting, outlines, what)
+    if any(id(outline) not in known for outline in fitted.values()):
+        return None
+    return {name: known[id(outline)] for name, outline in fitted.items()}
 
 
 def _meta(stored: Stored) -> Tensor:
@@ -407,8 +434,8 @@ def _room_for(state: NamedState, weights: Mapping[str, Span]) -> NamedState:
     )
 
 
-def _read(shards: Holding, target: Holding) -> None:
-    stored = shards.every(Stored)
+def _read(source: Holding, target: Holding) -> None:
+    stored = source.every(Stored)
     spans = target.every(Span)
     count = planning.read(stored, spans)
     logger.debug("read %d of %d numbers", count, sum(span.total for span in spans.values()))

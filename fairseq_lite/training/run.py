@@ -27,7 +27,7 @@ from fairseq_lite.parallel.world import World
 from fairseq_lite.tasks.api import BatchLimits, Sample, build_task, resolve_max_positions
 from fairseq_lite.training.allocator import keep_freed_memory
 from fairseq_lite.training.assembly import build_trainer, check
-from fairseq_lite.training.checkpoint import store
+from fairseq_lite.training.checkpoint import parts
 from fairseq_lite.training.checkpoint.manager import CheckpointManager, Restored, Saving
 from fairseq_lite.training.decisions import decide
 from fairseq_lite.training.ema import MovingAverage
@@ -367,7 +367,8 @@ class TrainingRun:
         """The moving average begins with --ema-seed-model, or with the weights as they are."""
         seed = self.run.ema.ema_seed_model
         if seed is not None:
-            average.load(self.trainer.model.upgrade_state_dict(store.load(seed)["model"]))
+            state = parts.whole_state(Path(seed), optimizer=False)
+            average.load(self.trainer.model.upgrade_state_dict(state["model"]))
         else:
             average.load(self.trainer.model.state_dict())
 

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from fairseq_lite.builtins import load_builtins
 from fairseq_lite.errors import CheckpointError
 from fairseq_lite.optim.adam import Adam, AdamConfig
-from fairseq_lite.parallel import planning
+from fairseq_lite.optim.api import OPTIMIZERS
+from fairseq_lite.parallel import planning, shards
 from fairseq_lite.parallel.world import SingleWorld, World
 from fairseq_lite.training.checkpoint import parts, store
 from fairseq_lite.training.checkpoint.parts import OWN_KEY
 from tests.helpers.distributed import run_distributed
-from tests.helpers.sharded import Training, digests, whole_part
+from tests.helpers.sharded import Training, digests, whole_part, write
 
 # Three worlds are formed before the first test.
 pytestmark = pytest.mark.timeout(300)
@@ -279,3 +283,66 @@ def test_the_number_of_shards_can_be_insisted_on(folder: Path) -> None:
     assert parts.whole_state(folder / "two.pt", 2)["model"].keys()
     with pytest.raises(CheckpointError, match=r"two\.pt: has 2 shards, .*-count says 3"):
         parts.whole_state(folder / "two.pt", 3)
+
+
+# -- one process --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    alone = SingleWorld()
+    yield alone
+    alone.close()
+
+
+@pytest.mark.parametrize("name", ["adafactor", "lamb"])
+def test_state_of_other_shapes_crosses_over(name: str, world: World, tmp_path: Path) -> None:
+    load_builtins()
+    entry = OPTIMIZERS.get(name)
+
+    def training(spread: bool, seed: int) -> Training:
+        made = Training(world, spread=spread, seed=seed)
+        made.optimizer = entry.factory(made.model.parameters(), entry.config(), lr=0.01)
+        return made
+
+    first = training(True, 5)
+    first.update(1)
+    for name, sharded in (("shards", True), ("full", False)):
+        first.save(tmp_path / f"{name}.pt", sharded=sharded)
+        plain = training(False, 77)
+        plain.load(tmp_path / f"{name}.pt")
+        plain.save(tmp_path / f"{name}-plain.pt", sharded=False)
+        again = training(True, 78)
+        again.load(tmp_path / f"{name}-plain.pt")
+        again.save(tmp_path / f"{name}-again.pt", sharded=True)
+    expected = digests(tmp_path / "shards.pt")
+    assert all(digests(path) == expected for path in tmp_path.glob("full*.pt"))
+    assert (
+        digests(tmp_path / "shards-plain.pt") == digests(tmp_path / "shards-again.pt") == expected
+    )
+
+
+class Turned(nn.Module):
+    """A parameter whose rows do not lie one after the other; layers that may be left out."""
+
+    def __init__(self, layers: int = 3, keep: tuple[int, ...] | None = None) -> None:
+        super().__init__()
+        self.turned = nn.Parameter(torch.randn(3, 4).t())
+        self.layers = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(layers))
+        self.keep = keep
+
+    def fitting_weights(self, state: Any) -> dict[str, torch.Tensor]:
+        """The tensors of the layers that are kept, under their new numbers."""
+        names = {
+            f"layers.{old}.weight": f"layers.{new}.weight" for new, old in enumerate(self.keep)
+        }
+        return {"turned": state["turned"], **{new: state[old] for old, new in names.items()}}
+
+
+def test_tensors_go_where_the_model_wants_them(world: World, tmp_path: Path) -> None:
+    model = Turned()
+    write(world, tmp_path / "x.pt", shards.save_shard(world, model, None), "x")
+    pruned = Turned(2, keep=(0, 2))
+    shards.load(world, pruned, None, parts.CheckpointFiles(tmp_path / "x.pt"))
+    assert torch.equal(pruned.turned, model.turned) and not pruned.turned.is_contiguous()
+    assert torch.equal(pruned.layers[1].weight, model.layers[2].weight)
