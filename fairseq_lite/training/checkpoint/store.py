@@ -28,6 +28,7 @@ from fairseq_lite.training.checkpoint import legacy
 
 TEMPORARY = ".tmp"
 _CHUNK = 1 << 22
+_CUT_SHORT = "{}: is cut short (an unfinished copy or download?)"
 
 
 class _Recorder:
@@ -264,7 +265,7 @@ def _reading(path: Path) -> Iterator[None]:
     # Whatever a damaged file makes torch's reader trip over, the user's answer is the same.
     except Exception as e:
         if _is_cut_short(path):
-            raise CheckpointError(f"{path}: is cut short (an unfinished copy or download?)") from e
+            raise CheckpointError(_CUT_SHORT.format(path)) from e
         raise CheckpointError(
             f"{path}: cannot be read as a checkpoint: it is cut short, damaged or another kind "
             f"of file ({_first_line(e)})"
@@ -293,6 +294,8 @@ def _verify(path: Path) -> None:
     """Compare the checksum of every part; torch's own reader does not."""
     with open(path, "rb") as file:
         if not zipfile.is_zipfile(file):
+            if _is_cut_short(path):
+                raise CheckpointError(_CUT_SHORT.format(path))
             return  # the format before torch 1.6 has no checksums
         file.seek(0)
         with zipfile.ZipFile(file) as archive:
