@@ -155,6 +155,15 @@ def test_what_was_never_updated_has_no_state_and_counts_stay_whole_numbers(folde
         assert optimizer["param_groups"][0]["params"] == list(range(8))
 
 
+def test_shared_tensors_are_stored_once(folder: Path) -> None:
+    """Also where rows are uneven and lie in memory with room to spare."""
+    for number in range(3):
+        model = torch.load(folder / f"four-shard{number}.pt")["model"]
+        assert model["embed.weight"].data_ptr() == model["out.weight"].data_ptr() != 0
+    model = whole_part(folder / "four.pt").model
+    assert model["embed.weight"] is model["out.weight"]
+
+
 def test_one_process_reads_by_itself(folder: Path) -> None:
     training = Training(SingleWorld(), spread=False, seed=77)
     training.load(folder / "four-shard0.pt")
@@ -245,6 +254,9 @@ def test_what_is_wrong_is_named_in_one_line(kind: str, folder: Path, tmp_path: P
 
 def refused(world: World, folder: Path, target: Path, kinds: list[str]) -> list[str]:
     """What a rank is told of damaged shards, and of those of another model."""
+    if world.rank == 1:  # a rank that fails is alone: nobody answers it
+        alone = Training(world, spread=True)
+        assert set(shards.save_shard(world, alone.model, alone.optimizer)) == {"shard1"}
     told = []
     for kind in kinds:
         training = Training(world, spread=True, seed=77)

@@ -211,3 +211,11 @@ def test_left_over_temporaries_are_removed(tmp_path):
 def test_plain_refuses_what_has_no_plain_form():
     with pytest.raises(ValueError, match="object"):
         legacy.plain({"x": object()})
+
+
+def test_views_of_one_tensor_stay_one():
+    rows = torch.arange(12.0).view(6, 2)[1:3]
+    copied = store.snapshot({"a": rows, "b": [rows.detach()], "c": rows[:0]})
+    assert copied["a"].data_ptr() == copied["b"][0].data_ptr() != rows.data_ptr()
+    assert copied["a"].untyped_storage().nbytes() == 16 and torch.equal(copied["a"], rows)
+    assert copied["c"].untyped_storage().nbytes() == 0

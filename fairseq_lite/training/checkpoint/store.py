@@ -334,6 +334,7 @@ class _ToCpu:
     def __init__(self, copy: bool) -> None:
         self._copy = copy
         self._storages: dict[tuple[torch.device, int], torch.UntypedStorage] = {}
+        self._views: dict[tuple[object, ...], torch.Tensor] = {}
 
     def move(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -349,7 +350,13 @@ class _ToCpu:
             return tensor
         if not _fills_storage(tensor):
             # A view of something larger: saving it would write the whole storage.
-            return tensor.to("cpu", copy=True).contiguous() if tensor.numel() else tensor.cpu()
+            if not tensor.numel():
+                return torch.empty(tensor.shape, dtype=tensor.dtype)
+            where = (tensor.device, tensor.data_ptr(), tensor.dtype)
+            view = (*where, tensor.size(), tensor.stride())
+            if view not in self._views:
+                self._views[view] = tensor.to("cpu", copy=True).contiguous()
+            return self._views[view]
         storage = tensor.untyped_storage()
         key = (tensor.device, storage.data_ptr())
         if key not in self._storages:
