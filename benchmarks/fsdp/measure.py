@@ -5,19 +5,19 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.ours import begin
 from fairseq_lite.config.core import RunConfig
 from fairseq_lite.parallel.local import local
 from fairseq_lite.parallel.world import World
-from fairseq_lite.tasks.api import BatchLimits, Sample, Task, build_task
+from fairseq_lite.tasks.api import build_task
 from fairseq_lite.training.allocator import keep_freed_memory
-from fairseq_lite.training.assembly import build_trainer
 from fairseq_lite.training.trainer import Trainer
 
 
@@ -90,21 +90,6 @@ def measure(job: Job, run: RunConfig, world: World) -> None:
         worst = {name: max(rank[name] for rank in each) for name in each[0]}
         result = {"model": parameters, "tokens_per_second": tokens / seconds, "bytes": worst}
         Path(job.out).write_text(json.dumps(result))
-
-
-def begin(run: RunConfig, world: World, task: Task) -> tuple[Trainer, Iterator[Sample | None]]:
-    """What flite-train has when its first epoch begins."""
-    torch.manual_seed(run.common.seed)
-    trainer = build_trainer(run, world, task)
-    data = task.batch_iterator(
-        "train",
-        BatchLimits(max_sentences=run.dataset.batch_size, max_positions=task.max_positions()),
-        seed=1,
-        world_size=world.size,
-        rank=world.rank,
-    )
-    trainer.dummy_batch = data.first_batch()
-    return trainer, iter(data.next_epoch_itr())
 
 
 def small(run: RunConfig) -> RunConfig:
