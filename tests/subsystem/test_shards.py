@@ -24,8 +24,8 @@ from fairseq_lite.training.checkpoint.parts import OWN_KEY
 from tests.helpers.distributed import run_distributed
 from tests.helpers.sharded import Training, digests, whole_part, write
 
-# Three worlds are formed before the first test.
-pytestmark = pytest.mark.timeout(300)
+# Three worlds of processes are formed before the first test.
+pytestmark = pytest.mark.timeout(480)
 
 # Where a rank's checkpoint comes from and where it goes: (from, to, spread over ranks, as shards).
 Move = tuple[str | None, str, bool, bool]
@@ -59,51 +59,79 @@ def move(world: World, folder: Path, moves: list[Move]) -> dict[str, int]:
 
 @dataclass
 class Moved:
-    """A folder of checkpoints that all came from one, and what each rank read for each."""
+    """A folder of checkpoints that all came from one.
+
+    Attributes:
+        folder: where they are; what two ranks refuse is in `damaged/KIND`.
+        counts: how many numbers each rank read for each, from shards.
+        told: what each of the two ranks was told of what they refuse, by kind.
+    """
 
     folder: Path
     counts: dict[str, list[int]]
+    told: list[dict[str, str]]
+
+
+CHAIN: list[tuple[int, list[Move]]] = [
+    (2, [(None, "two", True, True), (None, "two-full", True, False)]),
+    (
+        1,
+        [
+            ("two", "one", True, True),
+            ("two", "one-legacy", False, False),
+            ("two-full", "one-full", True, False),
+            (None, "plain", False, False),
+        ],
+    ),
+    (
+        4,
+        [
+            ("two", "four", True, True),
+            ("one", "four-of-one", True, True),
+            ("one-legacy", "four-of-legacy", True, True),
+            ("two-full", "four-full", True, False),
+        ],
+    ),
+    (
+        2,
+        [
+            ("four", "two-again", True, True),
+            ("four", "two-of-four", True, False),
+            ("four-full", "two-of-full", True, True),
+            ("four", "two-legacy", False, False),
+        ],
+    ),
+    (1, [("four", "one-of-four", False, False)]),
+]
+REFUSED = ("missing", "cut", "edited", "mixed", "other", "optimizer")
+
+
+def visit(
+    world: World, folder: Path, moves: list[Move], kinds: list[str]
+) -> tuple[dict[str, int], dict[str, str]]:
+    """What a world does while it exists: processes take longer to start than all of this."""
+    return move(world, folder, moves), refused(world, folder / "damaged", kinds)
 
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory: pytest.TempPathFactory) -> Moved:
-    """Through 4, 2 and 1 ranks and both backends."""
+    """Through 2, 1, 4, 2 and 1 ranks and both backends."""
     path = tmp_path_factory.mktemp("shards")
-    chain: list[tuple[int, list[Move]]] = [
-        (4, [(None, "four", True, True), (None, "four-full", True, False)]),
-        (
-            2,
-            [
-                ("four", "two", True, True),
-                ("four", "two-full", True, False),
-                ("four-full", "two-of-full", True, True),
-                ("four", "two-legacy", False, False),
-            ],
-        ),
-        (
-            1,
-            [
-                ("two", "one", True, True),
-                ("two", "one-legacy", False, False),
-                ("two-full", "one-full", True, False),
-                (None, "plain", False, False),
-            ],
-        ),
-        (
-            4,
-            [
-                ("one", "four-again", True, True),
-                ("one-legacy", "four-of-legacy", True, True),
-                ("two", "four-of-two", True, False),
-            ],
-        ),
-    ]
     counts: dict[str, list[int]] = {}
-    for size, moves in chain:
-        for each in run_distributed(move, size, path, moves, timeout=120, heartbeat=60):
+    told: list[dict[str, str]] = []
+    for number, (size, moves) in enumerate(CHAIN):
+        kinds: list[str] = []
+        if number == 3:
+            for kind in REFUSED:
+                (path / "damaged" / kind).mkdir(parents=True)
+                damaged(path, path / "damaged" / kind, kind)
+            kinds += REFUSED
+        found = run_distributed(visit, size, path, moves, kinds, timeout=240, heartbeat=60)
+        for each, _ in found:
             for target, count in each.items():
                 counts.setdefault(target, []).append(count)
-    return Moved(path, counts)
+        told = told if number != 3 else [refusals for _, refusals in found]
+    return Moved(path, counts, told)
 
 
 @pytest.fixture
@@ -114,7 +142,7 @@ def folder(moved: Moved) -> Path:
 def test_a_rank_reads_what_it_holds_and_no_more(moved: Moved) -> None:
     manifest = store.load(moved.folder / "one-shard0.pt")[OWN_KEY]["manifest"]
     total = sum(math.prod(entry["shape"]) for entry in manifest["tensors"].values())
-    assert set(moved.counts) == {"two", "two-full", "one", "four-again", "four-of-two"}
+    assert set(moved.counts) == {"one", "four", "four-of-one", "two-again", "two-of-four"}
     assert moved.counts["one"] == [total]
     for target, ranks in moved.counts.items():
         size = {"o": 1, "t": 2, "f": 4}[target[0]]
@@ -124,12 +152,12 @@ def test_a_rank_reads_what_it_holds_and_no_more(moved: Moved) -> None:
 
 
 def test_every_tensor_survives_every_move(folder: Path) -> None:
-    names = sorted({p.name.split("-shard")[0].removesuffix(".pt") for p in folder.iterdir()})
-    assert len(names) == 13
+    names = parts.whole_names(sorted(path.name for path in folder.glob("*.pt")))
+    assert len(names) == sum(len(moves) for _, moves in CHAIN) == 15
     expected = digests(folder / "plain.pt")
     assert len(expected) > 20
     for name in names:
-        assert digests(folder / f"{name}.pt") == expected, name
+        assert digests(folder / name) == expected, name
 
 
 def test_gathered_the_file_is_the_one_that_legacy_ddp_writes(folder: Path) -> None:
@@ -147,7 +175,7 @@ def test_gathered_the_file_is_the_one_that_legacy_ddp_writes(folder: Path) -> No
 
 
 def test_what_was_never_updated_has_no_state_and_counts_stay_whole_numbers(folder: Path) -> None:
-    for name in ("four", "two-full", "four-of-legacy"):
+    for name in ("four", "two-of-four", "four-of-legacy"):
         optimizer = whole_part(folder / f"{name}.pt").optimizer
         assert optimizer is not None
         steps = [entry["step"] for entry in optimizer["state"].values()]
@@ -202,7 +230,7 @@ def damaged(folder: Path, target: Path, kind: str) -> Path:
         files[1].write_bytes(data)
         return files[1]
     if kind == "mixed":
-        shutil.copy(folder / "four-again-shard1.pt", files[1])
+        shutil.copy(folder / "four-of-one-shard1.pt", files[1])
         return files[1]
     if kind == "fewer":
         shutil.copy(folder / "two-shard1.pt", files[1])
@@ -210,6 +238,14 @@ def damaged(folder: Path, target: Path, kind: str) -> Path:
     if kind == "renamed":
         shutil.copy(files[2], files[3])
         return files[3]
+    if kind == "other":  # of a model with another layer
+        for file in files:
+            state = torch.load(file)
+            table = state[OWN_KEY]["manifest"]["tensors"]
+            state["model"]["extra"] = state["model"].pop("layer.bias")
+            table["model.extra"] = table.pop("model.layer.bias")
+            torch.save(state, file)
+        return files[0]
     state = torch.load(files[1])
     if kind == "edited":  # and its checksums made anew
         state["model"]["layer.weight"][0, 0] += 1
@@ -252,43 +288,33 @@ def test_what_is_wrong_is_named_in_one_line(kind: str, folder: Path, tmp_path: P
     assert str(named) in text and KINDS[kind] in text and "\n" not in text
 
 
-def refused(world: World, folder: Path, target: Path, kinds: list[str]) -> list[str]:
+def refused(world: World, folder: Path, kinds: list[str]) -> dict[str, str]:
     """What a rank is told of damaged shards, and of those of another model."""
     if world.rank == 1:  # a rank that fails is alone: nobody answers it
         alone = Training(world, spread=True)
         assert set(shards.save_shard(world, alone.model, alone.optimizer)) == {"shard1"}
-    told = []
+    told = {}
     for kind in kinds:
         training = Training(world, spread=True, seed=77)
         if kind == "optimizer":
             training.optimizer = Adam(training.model.layer.parameters(), AdamConfig(), lr=0.1)
         try:
-            training.load(target / kind / "x.pt")
-            told.append("nothing")
+            training.load(folder / kind / "x.pt")
         except CheckpointError as e:
-            told.append(str(e))
+            told[kind] = str(e)
     return told
 
 
-def test_an_error_on_one_rank_is_an_error_on_all(folder: Path, tmp_path: Path) -> None:
-    kinds = ["missing", "cut", "edited", "mixed", "other", "optimizer"]
-    names = []
-    for kind in kinds:
-        (tmp_path / kind).mkdir()
-        names.append(damaged(folder, tmp_path / kind, "none" if kind == "optimizer" else kind))
-    for number in range(4):  # of a model with another layer
-        path = tmp_path / "other" / f"x-shard{number}.pt"
-        state = torch.load(path)
-        table = state[OWN_KEY]["manifest"]["tensors"]
-        state["model"]["extra"] = state["model"].pop("layer.bias")
-        table["model.extra"] = table.pop("model.layer.bias")
-        torch.save(state, path)
-    told = run_distributed(refused, 2, folder, tmp_path, kinds, timeout=120, heartbeat=60)
-    assert told[0] == told[1]
-    for kind, name, text in zip(kinds[:4], names, told[0], strict=False):
-        assert str(name) in text and KINDS[kind] in text and "\n" not in text
-    assert "does not fit the model: extra" in told[0][4]
-    assert "8 parameters, the model has 2; they differ in embed.weight" in told[0][5]
+def test_an_error_on_one_rank_is_an_error_on_all(moved: Moved) -> None:
+    one, other = moved.told
+    assert one == other and tuple(one) == REFUSED
+    assert all("\n" not in text for text in one.values())
+    for kind in ("missing", "cut", "edited", "mixed"):
+        number = 2 if kind == "missing" else 1
+        named = moved.folder / "damaged" / kind / f"x-shard{number}.pt"
+        assert str(named) in one[kind] and KINDS[kind] in one[kind]
+    assert "does not fit the model: extra" in one["other"]
+    assert "8 parameters, the model has 2; they differ in embed.weight" in one["optimizer"]
 
 
 def test_the_number_of_shards_can_be_insisted_on(folder: Path) -> None:
