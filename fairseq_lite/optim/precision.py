@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fairseq_lite.config.core import CommonConfig
 from fairseq_lite.errors import ConfigError, TrainingError
+from fairseq_lite.optim.float16 import Float16Products, cpu_knows_float16
 
 
 class LossScaler:
@@ -121,7 +122,17 @@ class Precision:
         """Wrap forward pass and loss in this."""
         if self.dtype is None:
             return nullcontext()
-        return torch.autocast(self.device_type, dtype=self.dtype)
+        stack = ExitStack()
+        stack.enter_context(torch.autocast(self.device_type, dtype=self.dtype))
+        stack.enter_context(self.products())
+        return stack
+
+    def products(self) -> AbstractContextManager[Any]:
+        """Wrap the backward pass in this: what runs again there must compute as it did before."""
+        slow = self.dtype == torch.float16 and self.device_type == "cpu"
+        if not slow or cpu_knows_float16():
+            return nullcontext()
+        return Float16Products()  # type: ignore[no-untyped-call]
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss to call backward on."""

@@ -166,7 +166,8 @@ class Trainer:
                 self.backend.accumulate(self.model, last=i == len(batches) - 1),
             ):
                 loss, batch_sums = self._forward(batch)
-                self.backend.backward(self.model, self.precision.scale(loss))
+                with self.precision.products():
+                    self.backend.backward(self.model, self.precision.scale(loss))
             add_sums(totals, batch_sums)
         return totals
 

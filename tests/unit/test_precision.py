@@ -6,9 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from fairseq_lite.config.core import CommonConfig
 from fairseq_lite.errors import ConfigError, TrainingError
+from fairseq_lite.optim import precision as precision_module
+from fairseq_lite.optim.float16 import Float16Products
 from fairseq_lite.optim.precision import LossScaler, Precision, make_precision
 
 CPU = torch.device("cpu")
@@ -38,6 +42,43 @@ def test_bfloat16_on_a_cpu(flag):
     assert weight.grad is not None
     assert weight.grad.dtype == torch.float32
     assert precision.scaler is None
+
+
+def float16_step(known: bool, monkeypatch: pytest.MonkeyPatch, again: bool = False):
+    """What a layer, attention and a loss give in float16 on a CPU, and the gradients."""
+    monkeypatch.setattr(precision_module, "cpu_knows_float16", lambda: known)
+    precision = make_precision(CommonConfig(fp16=True), CPU)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.ReLU(), torch.nn.Linear(48, 32))
+    x = torch.randn(6, 10, 32)
+    with precision.autocast():
+        out = checkpoint(model, x, use_reentrant=False) if again else model(x)
+        mixed = functional.scaled_dot_product_attention(out, out, out)
+        scores = torch.baddbmm(torch.zeros(6, 10, 10), mixed, out.transpose(1, 2))
+        loss = scores.float().square().sum()
+    with precision.products():
+        torch.autograd.backward(precision.scale(loss))
+    return scores, [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_float16_on_a_cpu_that_does_not_know_it(again, monkeypatch):
+    scores, grads = float16_step(True, monkeypatch)
+    ours, our_grads = float16_step(False, monkeypatch, again)
+    assert scores.dtype == ours.dtype == torch.float16
+    torch.testing.assert_close(ours, scores, rtol=3e-3, atol=3e-3)
+    for grad, expected in zip(our_grads, grads, strict=True):
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(grad, expected, rtol=0, atol=3e-3 * float(expected.abs().max()))
+
+
+def test_products_of_float16_are_rounded_and_overflow():
+    row, column = torch.full((1, 3), 200.0).half(), torch.tensor([[200.0], [1.0], [-1.0]]).half()
+    with Float16Products():
+        assert float(row @ column) == float(torch.tensor(200.0 * 200.0).half())
+        assert float((row * 2) @ column) == float("inf")
+        wide = row.float() @ column.float()
+    assert wide.dtype == torch.float32 and float(wide) == 40000.0
 
 
 def test_amp_on_cuda_is_float16_with_its_own_settings():
