@@ -18,6 +18,7 @@ from fairseq_lite.errors import CheckpointError
 from fairseq_lite.optim.adam import Adam, AdamConfig
 from fairseq_lite.optim.api import OPTIMIZERS
 from fairseq_lite.parallel import planning, shards
+from fairseq_lite.parallel.api import Part
 from fairseq_lite.parallel.world import SingleWorld, World
 from fairseq_lite.training.checkpoint import parts, store
 from fairseq_lite.training.checkpoint.parts import OWN_KEY
@@ -358,6 +359,24 @@ def test_state_of_other_shapes_crosses_over(name: str, world: World, tmp_path: P
     assert (
         digests(tmp_path / "shards-plain.pt") == digests(tmp_path / "shards-again.pt") == expected
     )
+
+
+def test_the_flat_state_of_fairseqs_fp16_is_dealt_out(world: World, tmp_path: Path) -> None:
+    plain = Training(world, spread=False)
+    size = sum(p.numel() for p in plain.optimizer.params)
+    flat = {"step": 7, "exp_avg": torch.randn(size), "exp_avg_sq": torch.rand(size)}
+    optimizer = {"state": {0: flat}, "param_groups": [{"lr": 0.5, "params": [0]}], "loss_scale": 4}
+    part = Part(plain.model.state_dict(), optimizer, plain.average)
+    write(world, tmp_path / "flat.pt", {"model": part}, "flat")
+    for spread in (False, True):
+        training = Training(world, spread=spread, seed=77)
+        training.load(tmp_path / "flat.pt")
+        training.save(tmp_path / f"{spread}.pt", sharded=spread)
+    found = whole_part(tmp_path / "True.pt").optimizer
+    assert found is not None and found["param_groups"][0]["lr"] == 0.5
+    pieces = [entry["exp_avg"].flatten() for entry in found["state"].values()]
+    assert torch.equal(torch.cat(pieces), flat["exp_avg"])
+    assert digests(tmp_path / "True.pt") == digests(tmp_path / "False.pt")
 
 
 class Turned(nn.Module):
