@@ -126,7 +126,7 @@ class TextSize:
         """Blocks that follow each other, joined: a block may end within a word."""
         numbers = sorted(self._blocks)
         run: list[npt.NDArray[np.int32]] = []
-        for number, following in zip(numbers, [*numbers[1:], None], strict=True):
+        for number, following in zip(numbers, [*numbers, None][1:], strict=True):
             run.append(self._blocks[number])
             if following != number + 1:
                 yield np.concatenate(run)

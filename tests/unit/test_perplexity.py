@@ -211,6 +211,8 @@ def test_words_and_bytes_are_those_of_the_text():
     assert size_of({2: whole[6:], 0: whole[:1], 1: whole[1:6]}) == expected
     # A missing block cuts a word in two.
     assert size_of({0: [4], 2: [6, 7, 8, EOS]})[0] == 4
+    # With more shards than batches, one has none.
+    assert size_of({}) == (0, 0)
 
 
 @settings(max_examples=40, deadline=None)
