@@ -204,7 +204,7 @@ def _from_slurm(cfg: DistributedTrainingConfig, environ: Mapping[str, str], gpus
         first_rank=task * each,
         processes=each,
         spawn=each > 1,
-        local_rank=0 if each > 1 else _number(environ, "SLURM_LOCALID", 0),
+        local_rank=0 if each > 1 else _slurm_device(environ, gpus),
         local_size=each if each > 1 else _tasks_here(environ, tasks, nodes),
         cores=_number(environ, "SLURM_CPUS_PER_TASK", 0) or None,
         host=first_host(names),
@@ -218,6 +218,20 @@ def _slurm_tasks(environ: Mapping[str, str]) -> int:
         return 1
     # A shell that srun opened inside a larger allocation is a step of one task.
     return _number(environ, "SLURM_STEP_NUM_TASKS", _number(environ, "SLURM_NTASKS"))
+
+
+def _slurm_device(environ: Mapping[str, str], gpus: int) -> int:
+    """The task's place among those of its node, or among the GPUs it sees when these are its own.
+
+    With --gpus-per-task=1 each task sees one GPU, number 0, and the node has more.
+    """
+    local, here = _number(environ, "SLURM_LOCALID", 0), environ.get("SLURM_GPUS_ON_NODE", "")
+    own = (
+        "SLURM_GPUS_PER_TASK" in environ
+        or "gpu" in environ.get("SLURM_TRES_PER_TASK", "")
+        or (here.isdigit() and gpus < int(here))
+    )
+    return local % gpus if gpus and own else local
 
 
 def _ignores_slurm(cfg: DistributedTrainingConfig, environ: Mapping[str, str]) -> bool:

@@ -88,6 +88,21 @@ def test_slurm_environment_with_a_task_a_rank() -> None:
     assert planned(environ={**SLURM, "SLURM_PROCID": "0"}).serve
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"SLURM_GPUS_PER_TASK": "1"},
+        {"SLURM_TRES_PER_TASK": "cpu=4,gres/gpu=1"},
+        {"SLURM_GPUS_ON_NODE": "2"},
+    ],
+)
+def test_a_slurm_task_may_have_a_gpu_of_its_own(more: dict[str, str]) -> None:
+    found = planned(gpus=1, environ={**SLURM, **more})
+    assert (found.size, found.first_rank, found.local_rank, found.local_size) == (4, 3, 0, 2)
+    with pytest.raises(ConfigError, match="has 1 GPU"):  # two tasks on one GPU
+        planned(gpus=1, environ=SLURM)
+
+
 def test_slurm_ranks_agree_on_the_port() -> None:
     ports = {planned(environ={**SLURM, "SLURM_PROCID": str(r)}).port for r in range(4)}
     assert len(ports) == 1
