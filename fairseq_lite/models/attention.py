@@ -23,6 +23,8 @@ Kernel = Literal["sdpa", "matmul"]
 # against 50 at T=512, 122 against 99 at T=1024 (2048 tokens). In fp32 it is never slower.
 _SHORT = 512
 
+_BLOCKED = torch.finfo(torch.float16).min / 2
+
 
 def choose_kernel(
     device: str, dtype: torch.dtype, keys: int, *, grad: bool, dropout_p: float
@@ -47,11 +49,12 @@ def choose_kernel(
 def attention_bias(blocked: Tensor, dtype: torch.dtype) -> Tensor:
     """What to add to the scores: 0, or a number no score can outweigh where `blocked`.
 
-    It is finite, and half the least number so that no sum overflows: a query that may look nowhere
-    (padding on the left) gets a mean, not NaN, and cannot spoil its neighbours.
+    It is finite, so that a query that may look nowhere (padding on the left) gets a mean, not NaN,
+    and cannot spoil its neighbours: half the least number of float16, which autocast may turn a
+    wider bias into, so that no sum overflows.
     """
     bias = torch.zeros(blocked.shape, dtype=dtype, device=blocked.device)
-    return bias.masked_fill_(blocked, torch.finfo(dtype).min / 2)
+    return bias.masked_fill_(blocked, _BLOCKED)
 
 
 def causal_blocked(length: int, device: torch.device | None = None) -> Tensor:

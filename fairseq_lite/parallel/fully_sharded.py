@@ -64,6 +64,7 @@ class TorchSharded(Backend):
         layers: list[nn.Module] = getattr(model, "layers_to_shard", list)()
         output = getattr(model, "output_weight", None)
         keep = self.cfg.no_reshard_after_forward
+        where = self._where()
         with _refusing_in_one_line():
             for layer in layers:
                 # The criterion reads the output projection after the forward pass.
@@ -74,7 +75,7 @@ class TorchSharded(Backend):
                     layer,
                     reshard_after_forward=layer in self._freed,
                     mp_policy=self._precision(self.dtype),
-                    **self._where(),
+                    **where,
                 )
             # The outermost unit stays gathered between forward and backward: the backward pass
             # begins with it, and most models have their output projection there.
@@ -82,7 +83,7 @@ class TorchSharded(Backend):
                 model,
                 reshard_after_forward=False,
                 mp_policy=self._precision(self._outer_dtype()),
-                **self._where(),
+                **where,
             )
         unmade.make("cpu" if self.cfg.cpu_offload else self.world.device)
         with _refusing_in_one_line():

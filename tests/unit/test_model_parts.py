@@ -55,8 +55,14 @@ def test_attention_is_the_formula() -> None:
 
 def test_a_query_that_may_look_nowhere_is_finite() -> None:
     q, k, v = heads(1, 1, 3, 4)
-    for dtype in (torch.float32, torch.bfloat16):
-        bias = attention_bias(torch.ones(3, 3, dtype=torch.bool), dtype)
+    nowhere = torch.ones(3, 3, dtype=torch.bool)
+    for dtype, of_bias in (
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.float16, torch.float32),  # under autocast, states stay wider than queries
+    ):
+        bias = attention_bias(nowhere, of_bias)
         out, _ = attend(q.to(dtype), k.to(dtype), v.to(dtype), bias=bias)
         assert out.isfinite().all()
 
