@@ -17,7 +17,7 @@ from tests.helpers.hosts import Processes, wait_until
 from tests.helpers.training import TOTAL, arguments, assert_same_end, train
 
 pytestmark = [
-    pytest.mark.timeout(150),
+    pytest.mark.timeout(240),
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
 ]
 

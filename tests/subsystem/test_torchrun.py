@@ -15,7 +15,7 @@ from tests.helpers.hosts import Host, Processes, free_port, loopback, namespaces
 from tests.helpers.training import TOTAL, arguments, assert_same_end, train
 
 pytestmark = [
-    pytest.mark.timeout(150),
+    pytest.mark.timeout(240),
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
 ]
 
@@ -51,9 +51,11 @@ def start_agents(
 
 
 def updates_saved(folder: Path) -> int:
-    state = store.load(folder / "checkpoint_last.pt")
-    number: int = state["optimizer_history"][0]["num_updates"]
-    return number
+    """The same in the whole checkpoint, or in each shard."""
+    files = list(folder.glob("checkpoint_last*.pt"))
+    numbers = {store.load(file)["optimizer_history"][0]["num_updates"] for file in files}
+    assert len(numbers) == 1
+    return int(numbers.pop())
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +119,7 @@ def test_one_rank_is_killed_all_start_again(
     with HOSTS[place](2) as hosts, Processes(tmp_path) as processes:
         killed = str(tmp_path / "killed")
         start_agents(processes, hosts, words, "--max-restarts=1", KILLED=killed)
-        assert processes.wait(90) == [0, 0], processes.output()
+        assert processes.wait(150) == [0, 0], processes.output()
         assert Path(killed).exists()
         assert wait_until(lambda: not processes.alive(), 5)
     log = folder.with_suffix(".log").read_text()
@@ -126,12 +128,16 @@ def test_one_rank_is_killed_all_start_again(
     assert_same_end(folder, undisturbed(*flags))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    ("number", "flags"),
+    [(signal.SIGTERM, ()), (signal.SIGUSR1, SHARDED)],
+    ids=["SIGTERM", "SIGUSR1-shards"],
+)
 def test_agents_that_are_asked_to_end_save_first(
-    number: signal.Signals, toy_data: Path, tmp_path: Path
+    number: signal.Signals, flags: tuple[str, ...], toy_data: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "checkpoints"
-    words = arguments(toy_data, folder, *QUIET, "--max-update", 100000)
+    words = arguments(toy_data, folder, *QUIET, *flags, "--max-update", 100000)
     with loopback(2) as hosts, Processes(tmp_path) as processes:
         start_agents(processes, hosts, words, "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1")
         log = folder.with_suffix(".log")
