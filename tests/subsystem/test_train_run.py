@@ -218,7 +218,6 @@ def test_validate_gives_the_numbers_of_training(
         (("--skip-remainder-batch", "--update-freq", 999), "leaves out every update"),
         (("--max-tokens", 2), "the split 'train' has no batch"),
         (("--patience", 2, "--disable-validation"), "--patience needs validation"),
-        (("--checkpoint-shard-count", 2), "comes with sharded checkpoints"),
         (("--valid-subset", "dev"), "no split 'dev'"),
         (("--max-source-positions", 4), "are too long"),
         (("--lr-scheduler", "polynomial_decay"), "--total-num-update"),
