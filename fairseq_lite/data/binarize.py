@@ -36,17 +36,26 @@ class Span:
 
 @dataclass(frozen=True)
 class Summary:
-    """What was binarised: sentences, tokens (one eos each included), words replaced by <unk>."""
+    """What was binarised.
+
+    Attributes:
+        sentences: lines.
+        tokens: words, and one eos a line.
+        replaced: words that were replaced by the unknown word.
+        unknown: these, and the unknown words that stand in the text itself.
+    """
 
     sentences: int = 0
     tokens: int = 0
     replaced: int = 0
+    unknown: int = 0
 
     def __add__(self, other: Summary) -> Summary:
         return Summary(
             self.sentences + other.sentences,
             self.tokens + other.tokens,
             self.replaced + other.replaced,
+            self.unknown + other.unknown,
         )
 
 
@@ -226,7 +235,8 @@ def encode_span(
         for block in blocks(span, progress):
             ids, sizes, replaced = encoder.encode(block)
             writer.add_block(ids, sizes)
-            total += Summary(len(sizes), len(ids), replaced)
+            unknown = int(np.count_nonzero(ids == encoder.unk))
+            total += Summary(len(sizes), len(ids), replaced, unknown)
         writer.finalize()
     finally:
         writer.close()

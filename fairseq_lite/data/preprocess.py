@@ -290,7 +290,10 @@ class _Preprocessing:
             return
         self._log(f"[{lang}] Dictionary: {len(dictionary)} types")
         summary = self._binarize(path, lang, dictionary, str(output))
-        share = 100 * summary.replaced / max(summary.tokens, 1)
+        # An unknown word in segmented text is text, as in fairseq; what a tokenizer of ours does not
+        # know it has replaced already, and nobody has been told yet.
+        replaced = summary.replaced if self.segmenter is None else summary.unknown
+        share = 100 * replaced / max(summary.tokens, 1)
         self._log(
             f"[{lang}] {path}: {summary.sentences} sents, {summary.tokens} tokens, "
             f"{share:.3}% replaced (by {dictionary.unk_word})"

@@ -180,6 +180,13 @@ def test_ids_are_observed_pieces_by_frequency(folder, run) -> None:
     assert "% replaced (by <unk>)" in log and " 0.0% replaced" not in log
 
 
+def test_what_the_tokenizer_does_not_know_counts_as_replaced(run, tmp_path) -> None:
+    tokenizer = plain.whole(tmp_path / "t.json", {"a": 0, "[UNK]": 1}, unknown="[UNK]")
+    text = plain.write_lines(tmp_path / "text", ["aa", "日", "aaa日"])
+    out = run(hf(tokenizer), text)
+    assert "3 sents, 10 tokens, 20.0% replaced" in (out / "preprocess.log").read_text()
+
+
 def test_whitespace_inside_pieces(run, tmp_path) -> None:
     letters = dict.fromkeys("a \u00a0\u3000\u2028\u0085\x1c\\u{}0123456789bcdef")
     tokenizer = plain.whole(tmp_path / "t.json", {c: n for n, c in enumerate(letters)})
