@@ -362,6 +362,11 @@ def infer_languages(cfg: TranslationConfig, folder: Path) -> TranslationConfig:
         if all(g is None or g == p for g, p in zip(given, pair, strict=True))
     }
     if len(fitting) != 1:
+        if not pairs and (folder / "dict.txt").is_file():
+            raise ConfigError(
+                f"{folder}: holds text of no language pair; for a language model type "
+                "--task language_modeling"
+            )
         found = ", ".join(sorted("-".join(p) for p in pairs)) or "none"
         raise ConfigError(
             f"{folder}: cannot tell the languages from the file names (pairs found: {found}): "

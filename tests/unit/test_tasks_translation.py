@@ -80,6 +80,9 @@ def test_languages_that_cannot_be_told(data: Path, tmp_path: Path) -> None:
     empty.mkdir()
     with pytest.raises(ConfigError, match="pairs found: none"):
         infer_languages(TranslationConfig(data=str(empty)), empty)
+    (empty / "dict.txt").touch()
+    with pytest.raises(ConfigError, match="type --task language_modeling"):
+        infer_languages(TranslationConfig(data=str(empty)), empty)
 
 
 def test_missing_things_are_named(data: Path) -> None:
