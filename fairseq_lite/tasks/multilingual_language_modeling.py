@@ -137,7 +137,8 @@ class MultilingualLanguageModelingTask(LanguageModelingTask):
         if len(languages) != 1:
             raise ConfigError(
                 "this model begins a text with the symbol of its language and knows "
-                f"{len(languages)} of them: it can score texts (flite-eval-lm), not go on from one"
+                f"{len(languages)} of them: say which from Python, as in "
+                f"start={language_symbol(languages[0])!r}; flite-eval-lm scores the texts of all"
             )
         return self._source.index(language_symbol(languages[0]))
 
