@@ -290,8 +290,8 @@ class _Preprocessing:
             return
         self._log(f"[{lang}] Dictionary: {len(dictionary)} types")
         summary = self._binarize(path, lang, dictionary, str(output))
-        # An unknown word in segmented text is text, as in fairseq; what a tokenizer of ours does not
-        # know it has replaced already, and nobody has been told yet.
+        # An unknown word in segmented text is text, as in fairseq; what a tokenizer of ours does
+        # not know it has replaced already, and nobody has been told yet.
         replaced = summary.replaced if self.segmenter is None else summary.unknown
         share = 100 * replaced / max(summary.tokens, 1)
         self._log(
