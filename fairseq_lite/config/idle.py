@@ -88,6 +88,10 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "threshold_loss_scale": ("fp16", "memory_efficient_fp16", "amp"),
     "amp_init_scale": ("amp",),
     "amp_scale_window": ("amp",),
+    "fp32_reduce_scatter": (
+        *("bf16", "fp16", "amp"),
+        *("memory_efficient_bf16", "memory_efficient_fp16"),
+    ),
     "keep_interval_updates": ("save_interval_updates",),
     "keep_interval_updates_pattern": ("keep_interval_updates",),
     "ema_decay": ("store_ema",),

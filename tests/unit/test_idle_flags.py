@@ -13,6 +13,7 @@ from fairseq_lite.config.commands import COMMANDS
 from fairseq_lite.config.parse import parse
 
 TRAIN = ["data", "--arch", "transformer_tiny", "--optimizer", "adam"]
+SHARDED = ["--ddp-backend", "fully_sharded"]
 
 
 def warnings_of(caplog, command, *argv):
@@ -46,6 +47,7 @@ def test_generate_warns(caplog, argv):
     "argv",
     [
         ["--fp16", "--fp16-init-scale", "4"],
+        [*SHARDED, "--fp32-reduce-scatter", "--memory-efficient-bf16"],
         ["--save-interval-updates", "2", "--keep-interval-updates", "3"],
         ["--store-ema", "--ema-decay", "0.9"],
         ["--eval-bleu", "--eval-bleu-remove-bpe"],
@@ -60,6 +62,7 @@ def test_train_uses_these(caplog, argv):
     ("command", "argv"),
     [
         ("flite-train", [*TRAIN, "--ema-decay", "0.9"]),
+        ("flite-train", [*TRAIN, *SHARDED, "--fp32-reduce-scatter"]),
         ("flite-train", [*TRAIN, "--keep-interval-updates", "3"]),
         ("flite-train", [*TRAIN, "--gen-subset", "test"]),
         ("flite-validate", ["data", "--quiet"]),
@@ -89,6 +92,9 @@ def test_the_tables_name_fields_that_exist():
             known |= {f.name for f in dataclasses.fields(config)}
     for task in ("translation", "language_modeling"):
         known |= {f.name for f in dataclasses.fields(registries["task"].get(task).config)}
+    known |= {
+        f.name for f in dataclasses.fields(registries["ddp_backend"].get("fully_sharded").config)
+    }
     named = set(idle._NEEDS) | set(idle._OVERRULED)
     named |= {o for others in (*idle._NEEDS.values(), *idle._OVERRULED.values()) for o in others}
     for fields in idle._UNREAD.values():
