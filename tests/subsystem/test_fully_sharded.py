@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ from fairseq_lite.parallel import fully_sharded
 from fairseq_lite.parallel.fully_sharded import TorchSharded
 from fairseq_lite.parallel.local import local, norm_of
 from fairseq_lite.parallel.world import World
+from fairseq_lite.tasks.api import BatchLimits
 from fairseq_lite.training.trainer import Trainer
+from fairseq_lite.training.validation import Validator
 from tests.helpers.commands import flite
 from tests.helpers.distributed import run_distributed
 from tests.helpers.parity import Outcome, assert_alike, train
@@ -48,6 +51,7 @@ BY_LAYER = ["--ddp-backend", "fully_sharded", "--min-params-to-wrap", "0"]
 AT_ONCE = ["--ddp-backend", "fully_sharded"]
 SAVING_MEMORY = ["--cpu-offload", "--checkpoint-activations", "--offload-activations"]
 FP16 = ["--fp16", "--fp16-init-scale", "4"]
+BLEU = ["--eval-bleu", "--eval-bleu-args", '{"beam": 2, "max_len_a": 1, "max_len_b": 4}']
 LAYERDROP = ["--decoder-layerdrop", "0.5", "--dropout", "0.1"]
 
 Cases = dict[str, tuple[list[str], int]]
@@ -60,6 +64,7 @@ REFERENCES: Cases = {
     "bf16": ([*TRANSLATION, *ADAM, "--bf16"], 4),
     "fp16": ([*TRANSLATION, *ADAM, *FP16], 4),
     "overflow": ([*TRANSLATION, *ADAM, "--fp16", "--fp16-init-scale", str(2**30)], 24),
+    "bleu": ([*TRANSLATION, *ADAM, *BLEU], 4),
     "lm": ([*LANGUAGE_MODEL, *ADAM], 10),
 }
 
@@ -84,6 +89,7 @@ ON_TWO: Cases = {
     "bf16 wide": like("bf16", *AT_ONCE, "--fp32-reduce-scatter"),
     "fp16": like("fp16", *BY_LAYER, *SAVING_MEMORY),
     "overflow": like("overflow", *BY_LAYER),
+    "bleu": like("bleu", *BY_LAYER),
     "lm": like("lm", *BY_LAYER),
 }
 ON_FOUR: Cases = {"adam": like("adam", *BY_LAYER), "lm": like("lm", *AT_ONCE)}
@@ -158,12 +164,41 @@ def held(trainer: Trainer) -> Held:
     )
 
 
+def validated(trainer: Trainer) -> tuple[dict[str, float], float]:
+    """What validation finds, each rank on sentences of its own, and the loss of an update after."""
+    world, task = trainer.world, trainer.task
+    task.load_dataset("valid")
+    limits = BatchLimits(max_sentences=4, required_multiple=1)
+    data = task.batch_iterator("valid", limits, seed=1, world_size=world.size, rank=world.rank)
+    validator = Validator(
+        world=world,
+        task=task,
+        model=trainer.model,
+        criterion=trainer.criterion,
+        precision=trainer.precision,
+        backend=trainer.backend,
+    )
+    progress: Any = SimpleNamespace(advance=lambda: None)
+    batches = data.next_epoch_itr(shuffle=False)
+    meters = validator.run("valid", batches, data.first_batch(), progress)
+    after = trainer.train_step([trainer.dummy_batch])
+    assert after is not None
+    values = {k: v for k, v in meters.values().items() if k in ("loss", "nll_loss", "ppl", "bleu")}
+    return values, after.sums["loss"] / after.sums["sample_size"]
+
+
 def train_cases(
     world: World, data: Path, lm_data: Path, cases: Cases, bugs: bool
 ) -> dict[str, Outcome]:
     try:
         found = {
-            name: train(world, lm_data if name.startswith("lm") else data, flags, updates, held)
+            name: train(
+                world,
+                lm_data if name.startswith("lm") else data,
+                flags,
+                updates,
+                validated if name == "bleu" else held,
+            )
             for name, (flags, updates) in cases.items()
         }
         for bug in BUGS if bugs else ():
@@ -287,6 +322,16 @@ def test_an_overflow_is_everybodys(
     skipped = sum(a == 2 * b for a, b in itertools.pairwise([2.0**30, *first.scales]))
     assert skipped > 10 and len(first.losses) == len(second.losses) == 24 - skipped
     assert first.losses and first.losses == second.losses
+
+
+def test_validation_by_generation(
+    alone: dict[str, Outcome], on_two: list[dict[str, Outcome]]
+) -> None:
+    values, loss_after = alone["bleu"].extra
+    assert values.keys() == {"loss", "nll_loss", "ppl", "bleu"}
+    for outcome in of("bleu", on_two):
+        assert outcome.extra[0] == pytest.approx(values, rel=1e-5)
+        assert outcome.extra[1] == pytest.approx(loss_after, rel=1e-5)
 
 
 def test_a_rank_holds_its_part(
