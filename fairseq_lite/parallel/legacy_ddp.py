@@ -132,6 +132,9 @@ class LegacyDDP(Backend):
         part, error = None, None
         if self.world.is_main:
             try:
+                for name in parts.names():
+                    if pieces.shard_number(name) is not None:  # reading one compares nothing
+                        parts.verify(name)
                 part = pieces.whole(parts)
                 _load_weights(model, part.model)
                 if optimizer is not None and part.optimizer is not None:

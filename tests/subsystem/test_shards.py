@@ -334,6 +334,16 @@ def world() -> Iterator[World]:
     alone.close()
 
 
+def test_without_spreading_damage_is_refused_too(world: World, tmp_path: Path) -> None:
+    Training(world, spread=True).save(tmp_path / "x.pt", sharded=True)
+    file = tmp_path / "x-shard0.pt"
+    state = torch.load(file)
+    state["model"]["layer.weight"][0, 0] += 1
+    torch.save(state, file)
+    with pytest.raises(CheckpointError, match=r"x-shard0.pt: .*layer.weight is damaged"):
+        Training(world, spread=False).load(tmp_path / "x.pt")
+
+
 @pytest.mark.parametrize("name", ["adafactor", "lamb"])
 def test_state_of_other_shapes_crosses_over(name: str, world: World, tmp_path: Path) -> None:
     load_builtins()
