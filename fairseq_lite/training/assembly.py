@@ -48,10 +48,7 @@ def build_trainer(run: RunConfig, world: World, task: Task) -> Trainer:
         world_size=world.size,
     )
     if world.is_main and precision.dtype == torch.float16 and world.device.type == "cpu":
-        logger.warning(
-            "--fp16 on a CPU: --bf16 is faster, by far where the CPU does not know float16, and "
-            "needs no loss scale"
-        )
+        logger.warning("--fp16 on a CPU: --bf16 is faster there, and needs no loss scale")
     backend = BACKENDS.get(run.ddp_backend.name or "legacy_ddp").factory(
         run.ddp_backend.config, world, dtype=precision.dtype
     )
