@@ -455,6 +455,9 @@ def _deal_out(
     tensors: dict[str, Tensor] = {}
 
     def open_whole() -> NamedState | None:
+        for name in parts.names():
+            if pieces.shard_number(name) is not None:  # a whole file is verified as it is opened
+                parts.verify(name)
         part = pieces.whole(parts)
         average = None
         if into.average is not None:
