@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import torch
@@ -34,6 +35,12 @@ def check(run: RunConfig) -> None:
         raise ConfigError("no optimizer: add --optimizer, for example --optimizer adam")
     if run.dataset.disable_validation and run.checkpoint.patience > 0:
         raise ConfigError("--patience needs validation: leave out --disable-validation")
+    suffix = run.checkpoint.checkpoint_suffix
+    if re.search(r"-shard\d+$", suffix):
+        raise ConfigError(
+            f"--checkpoint-suffix {suffix}: is the end of a shard's name, and what training writes "
+            "would pass for one: leave it out, shards are found without it"
+        )
     backend: Any = BACKENDS.get(run.ddp_backend.name or "legacy_ddp").factory
     backend.check(run)
     compilation.check(run)
