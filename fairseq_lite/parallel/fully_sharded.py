@@ -204,7 +204,8 @@ class _Uses:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._used = [False] * sum(1 for _ in model.parameters())
+        self._frozen = [not p.requires_grad for p in model.parameters()]  # nobody waits for those
+        self._used = list(self._frozen)
         self._hooked: set[nn.Module] = set()
         self._units = list(units(model))
         self._ran: set[nn.Module] = set()
@@ -219,12 +220,12 @@ class _Uses:
     def fill_in(self) -> None:
         """Have units that ran fill in gradients; one that was left out by all ranks has none."""
         for unit in self._units:
-            if hasattr(unit, "set_reduce_scatter_unused_params"):  # torch 2.13
+            if hasattr(unit, "set_reduce_scatter_unused_params"):  # not in every torch we allow
                 unit.set_reduce_scatter_unused_params(unit in self._ran, recurse=False)
 
     def taken(self) -> list[bool]:
         """Whether each parameter was used since the last call, in the order of the model's."""
-        used, self._used = self._used, [False] * len(self._used)
+        used, self._used = self._used, list(self._frozen)
         return used
 
     def _before_forward(
