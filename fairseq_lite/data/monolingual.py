@@ -34,6 +34,8 @@ from fairseq_lite.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+_LONGER_MODEL = "--max-target-positions (in training also --max-tokens)"
+
 Sample = dict[str, Any]
 MaxPositions = int | Sequence[int | None] | None
 
@@ -154,7 +156,8 @@ class BlockDataset(ABC):
             # --max-tokens limits blocks, as it counts them; a model must also take what is added.
             blocks, ignored = blocks.up_to(limit - (0 if limit == max_tokens else self.extra))
             if len(ignored):
-                self._report(ignored, limit, skip_invalid, name)
+                cure = "--max-tokens" if limit == max_tokens else _LONGER_MODEL
+                self._report(ignored, limit, skip_invalid, name, cure)
         return make_batches(
             blocks,
             max_tokens=max_tokens,
@@ -162,14 +165,21 @@ class BlockDataset(ABC):
             required_multiple=required_multiple,
         )
 
-    def _report(self, ignored: npt.NDArray[Any], limit: int, skip: bool, name: str) -> None:
+    def _report(
+        self,
+        ignored: npt.NDArray[Any],
+        limit: int,
+        skip: bool,
+        name: str,
+        cure: str = _LONGER_MODEL,
+    ) -> None:
         if not skip:
             longest = int(self.sizes_of(ignored[-1:])[0]) + self.extra
             raise DataError(
                 f"{name}: {len(ignored):,} blocks are too long; block {int(ignored[-1])} has "
                 f"{longest} tokens where {limit} are allowed; leave them out with "
-                "--skip-invalid-size-inputs-valid-test, cut sentences with --shorten-method "
-                "truncate, or raise --max-target-positions (in training also --max-tokens)"
+                "--skip-invalid-size-inputs-valid-test, lower --tokens-per-sample (with "
+                f"--shorten-method truncate it cuts sentences too), or raise {cure}"
             )
         logger.warning(
             "%s samples have invalid sizes and will be skipped, max_positions=%s, "

@@ -95,6 +95,8 @@ def test_blocks_that_are_too_long(caplog: pytest.LogCaptureFixture) -> None:
     data = dataset(numbered([3, 9, 5, 12]), "eos")
     with pytest.raises(DataError, match=r"valid: 2 blocks are too long; block 3 has 12 tokens whe"):
         data.batches(max_sentences=4, max_positions=8, name="valid")
+    with pytest.raises(DataError, match=r"lower --tokens-per-sample .* or raise --max-tokens$"):
+        data.batches(max_tokens=8, max_positions=8)
     with caplog.at_level(logging.WARNING):
         kept = data.batches(max_sentences=4, max_positions=(8, None), skip_invalid=True)
     assert sorted(np.concatenate(list(kept)).tolist()) == [0, 2]
