@@ -74,10 +74,12 @@ class Report:
 
     def lines(self) -> Iterator[str]:
         """The results, fairseq's line last."""
-        if self.words:
+        if self.words and self.word_perplexity is not None:
+            # Text without spaces has few and long words: no line of a hundred digits for it.
+            digits = ".2f" if self.word_perplexity < 1e9 else ".3e"
             yield (
-                f"Word-level perplexity: {self.word_perplexity:.2f} ({self.words:,} words), bits "
-                f"per byte: {self.bits_per_byte:.4f} ({self.bytes:,} bytes)"
+                f"Word-level perplexity: {self.word_perplexity:{digits}} ({self.words:,} words), "
+                f"bits per byte: {self.bits_per_byte:.4f} ({self.bytes:,} bytes)"
             )
         yield f"Loss (base 2): {self.loss:.4f}, Perplexity: {self.perplexity:.2f}"
 

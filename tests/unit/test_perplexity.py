@@ -19,6 +19,7 @@ from fairseq_lite.errors import ConfigError, DataError
 from fairseq_lite.generation.likelihood import TargetScorer, average
 from fairseq_lite.generation.perplexity import Perplexity, Scored, TextSize
 from fairseq_lite.generation.words import WordStats, joining, word_line, words_of
+from fairseq_lite.training.lm_evaluation import Report
 from tests.helpers.generation import PlainLanguageModel, make_language_model
 
 EOS, PAD = 2, 1
@@ -213,6 +214,11 @@ def test_words_and_bytes_are_those_of_the_text():
     assert size_of({0: [4], 2: [6, 7, 8, EOS]})[0] == 4
     # With more shards than batches, one has none.
     assert size_of({}) == (0, 0)
+
+
+def test_a_perplexity_of_words_without_spaces_is_a_short_number():
+    report = Report("test", 9, 6.0, 64.0, 2, 4.8e100, 30, 3.0)
+    assert next(report.lines()).startswith("Word-level perplexity: 4.800e+100 (2 words), bits per")
 
 
 @settings(max_examples=40, deadline=None)
