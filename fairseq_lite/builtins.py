@@ -33,7 +33,7 @@ _ENTRIES = (
     "fairseq_lite.optim.optimizers",
     "fairseq_lite.optim.schedules",
     "fairseq_lite.parallel.legacy_ddp",
-    "fairseq_lite.parallel.sharding",
+    "fairseq_lite.parallel.fully_sharded.choice",
     "fairseq_lite.scoring",
     "fairseq_lite.data.text",
 )

@@ -18,7 +18,7 @@ from torch import Tensor
 from fairseq_lite.config.core import OptimizationConfig
 from fairseq_lite.errors import CheckpointError, ConfigError
 from fairseq_lite.parallel.local import is_spread, local, rows_of
-from fairseq_lite.parallel.spans import cut_flat
+from fairseq_lite.parallel.shards.spans import cut_flat
 from fairseq_lite.registry import Registry
 
 logger = logging.getLogger(__name__)

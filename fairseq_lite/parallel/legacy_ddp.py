@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from fairseq_lite.config.core import RunConfig
 from fairseq_lite.errors import CheckpointError, FliteError
-from fairseq_lite.parallel import pieces
 from fairseq_lite.parallel.api import (
     BACKENDS,
     MAIN_PART,
@@ -30,7 +29,8 @@ from fairseq_lite.parallel.api import (
     StatefulOptimizer,
 )
 from fairseq_lite.parallel.plan import common_reasons
-from fairseq_lite.parallel.spans import parameter_names
+from fairseq_lite.parallel.shards import pieces
+from fairseq_lite.parallel.shards.spans import parameter_names
 
 # Elements in one buffer, and buffers on their way at a time. Large enough that latency does not
 # count, few enough that a large model's gradients are not held twice.

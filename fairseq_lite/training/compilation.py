@@ -23,7 +23,7 @@ from fairseq_lite.config.core import RunConfig
 from fairseq_lite.errors import ConfigError, TrainingError
 from fairseq_lite.models.api import Model
 from fairseq_lite.parallel.api import Machine
-from fairseq_lite.parallel.sharding import FullyShardedConfig
+from fairseq_lite.parallel.fully_sharded.choice import FullyShardedConfig
 
 logger = logging.getLogger(__name__)
 

@@ -83,7 +83,7 @@ def install() -> types.ModuleType:
     fairscale.torch = _Torch("torch")
     Tensor.record_stream = _nothing  # type: ignore[method-assign]
     Tensor.pin_memory = _nothing  # type: ignore[method-assign]
-    engine = importlib.import_module("fairseq_lite.parallel.fairscale_sharded")
+    engine = importlib.import_module("fairseq_lite.parallel.fully_sharded.fairscale_engine")
     reasons = engine.FairscaleSharded.reasons
 
     def but_for_the_gpu(run: RunConfig, machine: Machine | None = None) -> list[str]:

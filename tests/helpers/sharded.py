@@ -15,12 +15,18 @@ from torch.distributed.fsdp import fully_shard
 
 from fairseq_lite.config.core import CheckpointConfig
 from fairseq_lite.optim.adam import Adam, AdamConfig
-from fairseq_lite.parallel import shards
 from fairseq_lite.parallel.api import Part
 from fairseq_lite.parallel.legacy_ddp import LegacyDDP
 from fairseq_lite.parallel.local import rows_of
-from fairseq_lite.parallel.pieces import assembled, in_memory, is_sharded, open_shards, tensors_of
-from fairseq_lite.parallel.spans import digest
+from fairseq_lite.parallel.shards import exchange as shards
+from fairseq_lite.parallel.shards.pieces import (
+    assembled,
+    in_memory,
+    is_sharded,
+    open_shards,
+    tensors_of,
+)
+from fairseq_lite.parallel.shards.spans import digest
 from fairseq_lite.parallel.world import World
 from fairseq_lite.training.checkpoint import naming, parts
 from fairseq_lite.training.checkpoint.writing import CheckpointWriter, Job

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fairseq_lite.parallel.fully_sharded import TorchSharded
-from fairseq_lite.parallel.sharding import FullyShardedConfig
+from fairseq_lite.parallel.fully_sharded.choice import FullyShardedConfig
+from fairseq_lite.parallel.fully_sharded.torch_engine import TorchSharded
 from fairseq_lite.parallel.world import World
 from fairseq_lite.training.compilation import compile_layers
 from tests.helpers.distributed import run_distributed

@@ -23,7 +23,7 @@ from fairseq_lite.builtins import load_builtins
 from fairseq_lite.config.parse import parse
 from fairseq_lite.errors import CheckpointError, TrainingError
 from fairseq_lite.parallel.api import MAIN_PART, Part, PartReader
-from fairseq_lite.parallel.sharding import FullyShardedConfig
+from fairseq_lite.parallel.fully_sharded.choice import FullyShardedConfig
 from fairseq_lite.parallel.world import SingleWorld, World
 from fairseq_lite.training import run as training_run
 from fairseq_lite.training.checkpoint import store
@@ -261,7 +261,7 @@ def trips(world: World, data: Path) -> dict[str, Any]:
 
 def unused_layer(world: World) -> str:
     """What is said of a layer that was not used."""
-    engine = importlib.import_module("fairseq_lite.parallel.fairscale_sharded")
+    engine = importlib.import_module("fairseq_lite.parallel.fully_sharded.fairscale_engine")
     backend = engine.FairscaleSharded(FullyShardedConfig(fsdp_engine="fairscale"), world)
     model = backend.wrap(Half)
     try:

@@ -18,8 +18,8 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from fairseq_lite.parallel import fully_sharded
-from fairseq_lite.parallel.fully_sharded import TorchSharded
+from fairseq_lite.parallel.fully_sharded import torch_engine as fully_sharded
+from fairseq_lite.parallel.fully_sharded.torch_engine import TorchSharded
 from fairseq_lite.parallel.local import local, norm_of
 from fairseq_lite.parallel.world import World
 from fairseq_lite.tasks.api import BatchLimits

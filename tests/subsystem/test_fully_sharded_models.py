@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from fairseq_lite.criteria.fused import fused_smoothed_loss
 from fairseq_lite.errors import FliteError
-from fairseq_lite.parallel.fully_sharded import TorchSharded
+from fairseq_lite.parallel.fully_sharded.choice import FullyShardedConfig
+from fairseq_lite.parallel.fully_sharded.torch_engine import TorchSharded
 from fairseq_lite.parallel.legacy_ddp import LegacyDDP
 from fairseq_lite.parallel.local import local
-from fairseq_lite.parallel.sharding import FullyShardedConfig
 from fairseq_lite.parallel.world import World
 from tests.helpers.distributed import run_distributed
 

@@ -17,8 +17,9 @@ from fairseq_lite.builtins import load_builtins
 from fairseq_lite.errors import CheckpointError
 from fairseq_lite.optim.adam import Adam, AdamConfig
 from fairseq_lite.optim.api import OPTIMIZERS
-from fairseq_lite.parallel import planning, shards
 from fairseq_lite.parallel.api import Part
+from fairseq_lite.parallel.shards import exchange as shards
+from fairseq_lite.parallel.shards import planning
 from fairseq_lite.parallel.world import SingleWorld, World
 from fairseq_lite.training.checkpoint import parts, store
 from fairseq_lite.training.checkpoint.parts import OWN_KEY

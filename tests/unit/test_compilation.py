@@ -16,7 +16,7 @@ from fairseq_lite.config.core import Choice, CommonConfig, OptimizationConfig, R
 from fairseq_lite.errors import ConfigError, TrainingError
 from fairseq_lite.models.api import Model
 from fairseq_lite.parallel.api import Machine
-from fairseq_lite.parallel.sharding import FullyShardedConfig
+from fairseq_lite.parallel.fully_sharded.choice import FullyShardedConfig
 from fairseq_lite.training import compilation
 from fairseq_lite.training.compilation import compile_layers
 from tests.helpers.generation import make_model, make_sample

@@ -34,8 +34,12 @@ def reasons(machine: Machine, *flags: str) -> list[str]:
 
 def test_without_the_package() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.delitem(sys.modules, "fairseq_lite.parallel.fairscale_sharded", raising=False)
-        patch.delitem(sys.modules, "fairseq_lite.parallel.fairscale_model", raising=False)
+        patch.delitem(
+            sys.modules, "fairseq_lite.parallel.fully_sharded.fairscale_engine", raising=False
+        )
+        patch.delitem(
+            sys.modules, "fairseq_lite.parallel.fully_sharded.fairscale_model", raising=False
+        )
         patch.setitem(sys.modules, "fairscale", None)
         patch.setitem(sys.modules, "fairscale.nn.data_parallel", None)
         (reason,) = reasons(GPUS)
@@ -82,7 +86,7 @@ class TestWithThePackage:
         assert capsys.readouterr().err.splitlines() == [f"flite-train: error: {NEEDS_GPU}"]
 
     def test_models_that_rows_cannot_hold(self) -> None:
-        from fairseq_lite.parallel.fairscale_model import check_rows
+        from fairseq_lite.parallel.fully_sharded.fairscale_model import check_rows
 
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         check_rows(model, list(model))

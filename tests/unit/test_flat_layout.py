@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_lite.parallel.flat import FlatLayout
+from fairseq_lite.parallel.shards.flat import FlatLayout
 
 SHAPES = st.lists(st.lists(st.integers(1, 4), max_size=3), min_size=1, max_size=5)
 

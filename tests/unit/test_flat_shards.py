@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fairseq_lite.errors import CheckpointError
-from fairseq_lite.parallel import pieces
 from fairseq_lite.parallel.api import Part, PartReader
-from fairseq_lite.parallel.flat_shards import FLAT
+from fairseq_lite.parallel.shards import pieces
+from fairseq_lite.parallel.shards.flat_shards import FLAT
 from tests.helpers.sharded import flat_shards
 
 SHARED = {"out.weight": "embed.weight"}

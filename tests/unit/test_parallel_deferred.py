@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fairseq_lite.builtins import load_builtins
 from fairseq_lite.config.parse import parse
 from fairseq_lite.errors import ConfigError
-from fairseq_lite.parallel.building import Unmade
-from fairseq_lite.parallel.deferred import CannotDeferError, Recording, view_of
+from fairseq_lite.parallel.fully_sharded.building import Unmade
+from fairseq_lite.parallel.fully_sharded.deferred import CannotDeferError, Recording, view_of
 from fairseq_lite.parallel.world import SingleWorld
 from fairseq_lite.tasks.api import build_task
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_lite.errors import CheckpointError
-from fairseq_lite.parallel import pieces
 from fairseq_lite.parallel.api import MAIN_PART, Part, PartReader
-from fairseq_lite.parallel.flat_shards import FLAT
-from fairseq_lite.parallel.pieces import shard_name, shard_number
-from fairseq_lite.parallel.stored import Allocate
+from fairseq_lite.parallel.shards import pieces
+from fairseq_lite.parallel.shards.flat_shards import FLAT
+from fairseq_lite.parallel.shards.pieces import shard_name, shard_number
+from fairseq_lite.parallel.shards.stored import Allocate
 from fairseq_lite.training.checkpoint import store
 
 # The one key of ours in a checkpoint; fairseq's loader passes over it.

@@ -16,7 +16,7 @@ from fairseq_lite.config.core import CheckpointConfig
 from fairseq_lite.errors import FliteError
 from fairseq_lite.parallel.agreement import together
 from fairseq_lite.parallel.api import MAIN_PART
-from fairseq_lite.parallel.pieces import shard_name
+from fairseq_lite.parallel.shards.pieces import shard_name
 from fairseq_lite.parallel.world import World
 from fairseq_lite.training.checkpoint import naming, parts, store
 

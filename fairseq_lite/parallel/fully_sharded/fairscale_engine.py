@@ -28,10 +28,10 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from fairseq_lite.config.core import RunConfig
 from fairseq_lite.errors import TrainingError
-from fairseq_lite.parallel import shards
 from fairseq_lite.parallel.api import Backend, M, Machine, Part, PartReader, StatefulOptimizer
-from fairseq_lite.parallel.building import Unmade
-from fairseq_lite.parallel.fairscale_model import (
+from fairseq_lite.parallel.fully_sharded.building import Unmade
+from fairseq_lite.parallel.fully_sharded.choice import log_units, sharding_reasons
+from fairseq_lite.parallel.fully_sharded.fairscale_model import (
     USE_TORCH,
     Flat,
     ShardedModel,
@@ -44,8 +44,8 @@ from fairseq_lite.parallel.fairscale_model import (
 )
 from fairseq_lite.parallel.local import norm_of
 from fairseq_lite.parallel.plan import common_reasons
-from fairseq_lite.parallel.sharding import log_units, sharding_reasons
-from fairseq_lite.parallel.spans import Holding, NamedState, Span, whole_span
+from fairseq_lite.parallel.shards import exchange as shards
+from fairseq_lite.parallel.shards.spans import Holding, NamedState, Span, whole_span
 from fairseq_lite.parallel.world import World
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fairseq_lite.errors import CheckpointError
 from fairseq_lite.parallel.api import Part, PartReader
-from fairseq_lite.parallel.flat import FlatLayout
-from fairseq_lite.parallel.spans import Holding, Span, whole_span
-from fairseq_lite.parallel.stored import Stored
+from fairseq_lite.parallel.shards.flat import FlatLayout
+from fairseq_lite.parallel.shards.spans import Holding, Span, whole_span
+from fairseq_lite.parallel.shards.stored import Stored
 
 #: Where a part's manifest has fairseq's metadata.
 FLAT = "fsdp_metadata"

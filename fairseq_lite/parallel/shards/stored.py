@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fairseq_lite.errors import CheckpointError
-from fairseq_lite.parallel.spans import Span
+from fairseq_lite.parallel.shards.spans import Span
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
 

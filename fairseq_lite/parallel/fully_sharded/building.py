@@ -14,7 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_lite.errors import ConfigError
-from fairseq_lite.parallel.deferred import CannotDeferError, Recording, is_fake, view_of
+from fairseq_lite.parallel.fully_sharded.deferred import (
+    CannotDeferError,
+    Recording,
+    is_fake,
+    view_of,
+)
 from fairseq_lite.parallel.local import is_spread, local
 from fairseq_lite.parallel.world import World
 

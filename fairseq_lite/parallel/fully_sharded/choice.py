@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 Engine = Literal["torch", "fairscale"]
 
 _ENGINES: dict[str, tuple[str, str]] = {
-    "torch": ("fairseq_lite.parallel.fully_sharded", "TorchSharded"),
-    "fairscale": ("fairseq_lite.parallel.fairscale_sharded", "FairscaleSharded"),
+    "torch": ("fairseq_lite.parallel.fully_sharded.torch_engine", "TorchSharded"),
+    "fairscale": ("fairseq_lite.parallel.fully_sharded.fairscale_engine", "FairscaleSharded"),
 }
 
 _WHOLE_TENSOR_OPTIMIZERS = ("adafactor", "lamb")

@@ -3,7 +3,7 @@
 torch's `fully_shard` gathers the weights of a unit (a layer, or what is left of the model) before
 it runs, frees them afterwards, and adds up its gradients over ranks so that each keeps its part.
 What a rank holds of parameters, gradients and optimizer state is one part in `world.size`, and no
-rank holds a whole model at any time: `parallel/building.py` builds it.
+rank holds a whole model at any time: `parallel/fully_sharded/building.py` builds it.
 
 Gradients are added up over ranks after every batch, also with --update-freq: waiting for the last
 would keep whole gradients of the whole model in memory, which is what sharding avoids.
@@ -32,12 +32,12 @@ from torch.distributed.fsdp import (
 
 from fairseq_lite.config.core import RunConfig
 from fairseq_lite.errors import ConfigError
-from fairseq_lite.parallel import shards
 from fairseq_lite.parallel.api import Backend, M, Machine, Part, PartReader, StatefulOptimizer
-from fairseq_lite.parallel.building import Unmade
+from fairseq_lite.parallel.fully_sharded.building import Unmade
+from fairseq_lite.parallel.fully_sharded.choice import log_units, sharding_reasons
 from fairseq_lite.parallel.local import norm_of
 from fairseq_lite.parallel.plan import common_reasons
-from fairseq_lite.parallel.sharding import log_units, sharding_reasons
+from fairseq_lite.parallel.shards import exchange as shards
 from fairseq_lite.parallel.world import World
 
 

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from fairseq_lite.errors import CheckpointError
 from fairseq_lite.parallel.api import MAIN_PART, Part, PartReader
-from fairseq_lite.parallel.flat_shards import FLAT, flat_shards
-from fairseq_lite.parallel.spans import (
+from fairseq_lite.parallel.shards.flat_shards import FLAT, flat_shards
+from fairseq_lite.parallel.shards.spans import (
     Holding,
     NamedState,
     Span,
@@ -37,7 +37,7 @@ from fairseq_lite.parallel.spans import (
     dtype_name,
     dtype_of,
 )
-from fairseq_lite.parallel.stored import Allocate, Stored
+from fairseq_lite.parallel.shards.stored import Allocate, Stored
 
 
 def shard_name(number: int) -> str:

@@ -22,11 +22,11 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from fairseq_lite.errors import CheckpointError
-from fairseq_lite.parallel import pieces, planning
 from fairseq_lite.parallel.agreement import on_main, together
 from fairseq_lite.parallel.api import MAIN_PART, Part, PartReader, StatefulOptimizer
 from fairseq_lite.parallel.local import local
-from fairseq_lite.parallel.spans import (
+from fairseq_lite.parallel.shards import pieces, planning
+from fairseq_lite.parallel.shards.spans import (
     Holding,
     NamedState,
     Span,
@@ -34,7 +34,7 @@ from fairseq_lite.parallel.spans import (
     parameter_names,
     whole_span,
 )
-from fairseq_lite.parallel.stored import Stored
+from fairseq_lite.parallel.shards.stored import Stored
 from fairseq_lite.parallel.world import World
 
 logger = logging.getLogger(__name__)

@@ -42,8 +42,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from fairseq_lite.errors import FliteError
-from fairseq_lite.parallel.spans import Span
-from fairseq_lite.parallel.stored import Stored
+from fairseq_lite.parallel.shards.spans import Span
+from fairseq_lite.parallel.shards.stored import Stored
 
 
 def collect(spans: Mapping[str, Span]) -> dict[str, Span]:

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from fairseq_lite.errors import CheckpointError, ConfigError
-from fairseq_lite.parallel.flat import FlatLayout
-from fairseq_lite.parallel.spans import Span, whole_span
+from fairseq_lite.parallel.shards.flat import FlatLayout
+from fairseq_lite.parallel.shards.spans import Span, whole_span
 
 USE_TORCH = "use --fsdp-engine torch"
 
