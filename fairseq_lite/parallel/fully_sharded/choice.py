@@ -105,6 +105,11 @@ def sharding_reasons(run: RunConfig, machine: Machine) -> list[str]:
         reasons.append(
             "--ddp-backend fully_sharded on GPUs needs NCCL: leave out --distributed-backend gloo"
         )
+    if found.cuda and run.optimizer.name == "cpu_adam" and not run.ddp_backend.config.cpu_offload:
+        reasons.append(
+            "--optimizer cpu_adam updates parameters in host memory: add --cpu-offload, or use "
+            "--optimizer adam"
+        )
     if found.size == 1:
         return reasons
     if run.optimizer.name in _WHOLE_TENSOR_OPTIMIZERS:
