@@ -28,6 +28,7 @@ from fairseq_lite.parallel.api import (
     PartReader,
     StatefulOptimizer,
 )
+from fairseq_lite.parallel.local import norm_of
 from fairseq_lite.parallel.plan import common_reasons
 from fairseq_lite.parallel.shards import pieces
 from fairseq_lite.parallel.shards.spans import parameter_names
@@ -174,23 +175,7 @@ def local_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tens
         parameters: each once; `Module.parameters()` leaves out the second name of a shared one.
         device: where the result goes.
     """
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for param in parameters:
-        if param.grad is not None:
-            groups.setdefault((param.grad.device, param.grad.dtype), []).append(param.grad)
-    if not groups:
-        return torch.zeros((), device=device)
-    # In float32 whatever the gradients are: squares of half precision numbers overflow.
-    norms = [
-        torch.stack(torch._foreach_norm(grads, 2.0, dtype=_norm_dtype(dtype))).to(device)
-        for (_, dtype), grads in groups.items()
-    ]
-    total: Tensor = torch.linalg.vector_norm(torch.cat(norms), dtype=torch.float32)
-    return total
-
-
-def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
+    return norm_of((p.grad for p in parameters if p.grad is not None), device)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
