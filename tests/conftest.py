@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 # One thread a process, decided before torch is imported: the tests' models are too small to gain
 # from more, and several processes on few cores would wait for one another. Children inherit it.
@@ -31,3 +33,12 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = write_text(folder / "text", {"train": 200, "valid": 20, "test": 20})
     assert flite("preprocess", *preprocess_args(text, folder / "data-bin")) == 0
     return folder / "data-bin"
+
+
+@pytest.fixture(autouse=True)
+def _no_group_left_behind() -> Iterator[None]:
+    """A test that formed a group of processes in this one does not leave it to the next."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -42,7 +42,11 @@ def run_distributed(
     """
     cuda = backend == "nccl"
     if world_size == 1:
-        return [fn(SingleWorld("cuda:0" if cuda else "cpu"), *args)]
+        world = SingleWorld("cuda:0" if cuda else "cpu")
+        try:
+            return [fn(world, *args)]
+        finally:
+            world.close()
     found = Plan(
         size=world_size,
         processes=world_size,

@@ -299,6 +299,10 @@ def _adopted(*words: object) -> RunConfig:
     return recorded.adopt(run, registries)
 
 
+def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.message for r in caplog.records if r.levelno >= logging.WARNING]
+
+
 def test_what_is_recorded_is_taken_up_unless_typed(folder, run, tmp_path, caplog) -> None:
     out = run(Segmentation(MOSES, hf(folder / "bytes").bpe), folder / "head.txt")
     with caplog.at_level(logging.WARNING):
@@ -312,13 +316,13 @@ def test_what_is_recorded_is_taken_up_unless_typed(folder, run, tmp_path, caplog
         assert _adopted(out, "--bpe", "hf_tokenizer").bpe == recorded.read(out).bpe
         plain_data = run(None, folder / "head.txt", "words")
         assert _adopted(plain_data).bpe == _adopted(plain_data).tokenizer == Choice()
-        assert [r.message for r in caplog.records if r.levelno >= logging.WARNING] == []
+        assert _warnings(caplog) == []
         other = _adopted(out, "--bpe", "characters")
         assert other.bpe.name == "characters" and other.tokenizer == MOSES
         spm = _adopted(out, "--bpe", "hf_tokenizer", "--hf-tokenizer", folder / "spm.model")
         assert spm.bpe.config.hf_tokenizer == str(folder / "spm.model")
         _adopted(f"{out}:{plain_data}")
-    assert caplog.messages == [
+    assert _warnings(caplog) == [
         f"--bpe characters counts, as it was typed; {out} was made with --bpe hf_tokenizer",
         f"--bpe hf_tokenizer counts, as it was typed; {out} was made with --bpe hf_tokenizer of "
         "other settings",
