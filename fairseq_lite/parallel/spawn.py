@@ -7,6 +7,7 @@ consequence, ends the rest and raises the cause. When the parent itself dies, th
 from __future__ import annotations
 
 import ctypes
+import logging
 import multiprocessing as mp
 import os
 import signal
@@ -17,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing import util as mp_util
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, cast
@@ -264,6 +266,24 @@ def _main(
             me.fail(Failure(rank, "", f"rank {rank} stopped (exit code {e.code})"))
     except BaseException as e:
         me.fail(Failure.of(rank, e))
+    else:
+        _leave()
+
+
+def _leave() -> None:
+    """End this process without taking it apart: its work is done, its files are closed.
+
+    Threads inside torch that still wait when the interpreter is torn down abort the process now and
+    then, and a rank that had finished would count as dead.
+    """
+    finalize = getattr(mp_util, "_exit_function", None)
+    if finalize is not None:
+        finalize()  # queues and temporary folders of multiprocessing
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(0)
 
 
 def _die_with(parent: int) -> None:
