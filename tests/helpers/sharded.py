@@ -93,8 +93,8 @@ class Training:
         if not self.spread:
             own = LegacyDDP(None, self.world).save_parts(self.model, self.optimizer, self.average)
         else:
-            how = shards.save_shard if sharded else shards.save_full
-            own = how(self.world, self.model, self.optimizer, self.average)
+            how = shards.shard if sharded else shards.gather
+            own = how(self.world, shards.holding(self.model, self.optimizer, self.average))
         write(self.world, path, own, mark)
 
     def load(self, path: Path) -> None:

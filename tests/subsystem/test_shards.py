@@ -294,7 +294,7 @@ def refused(world: World, folder: Path, kinds: list[str]) -> dict[str, str]:
     """What a rank is told of damaged shards, and of those of another model."""
     if world.rank == 1:  # a rank that fails is alone: nobody answers it
         alone = Training(world, spread=True)
-        assert set(shards.save_shard(world, alone.model, alone.optimizer)) == {"shard1"}
+        assert set(shards.shard(world, shards.holding(alone.model, alone.optimizer))) == {"shard1"}
     told = {}
     for kind in kinds:
         training = Training(world, spread=True, seed=77)
@@ -409,7 +409,7 @@ class Turned(nn.Module):
 
 def test_tensors_go_where_the_model_wants_them(world: World, tmp_path: Path) -> None:
     model = Turned()
-    write(world, tmp_path / "x.pt", shards.save_shard(world, model, None), "x")
+    write(world, tmp_path / "x.pt", shards.shard(world, shards.holding(model, None)), "x")
     pruned = Turned(2, keep=(0, 2))
     shards.load(world, pruned, None, parts.CheckpointFiles(tmp_path / "x.pt"))
     assert torch.equal(pruned.turned, model.turned) and not pruned.turned.is_contiguous()

@@ -27,7 +27,7 @@ _ENGINES: dict[str, tuple[str, str]] = {
     "fairscale": ("fairseq_lite.parallel.fully_sharded.fairscale_engine", "FairscaleSharded"),
 }
 
-_WHOLE_TENSOR_OPTIMIZERS = ("adafactor", "lamb")
+WHOLE_TENSOR_OPTIMIZERS = ("adafactor", "lamb")
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def sharding_reasons(run: RunConfig, machine: Machine) -> list[str]:
         )
     if found.size == 1:
         return reasons
-    if run.optimizer.name in _WHOLE_TENSOR_OPTIMIZERS:
+    if run.optimizer.name in WHOLE_TENSOR_OPTIMIZERS:
         reasons.append(
             f"--optimizer {run.optimizer.name} looks at whole parameters, and --ddp-backend "
             f"fully_sharded spreads them over {found.size} ranks: use --optimizer adam, or "

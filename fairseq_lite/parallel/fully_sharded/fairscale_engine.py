@@ -28,9 +28,14 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from fairseq_lite.config.core import RunConfig
 from fairseq_lite.errors import TrainingError
-from fairseq_lite.parallel.api import Backend, M, Machine, Part, PartReader, StatefulOptimizer
+from fairseq_lite.parallel.api import M, Machine, PartReader, StatefulOptimizer
 from fairseq_lite.parallel.fully_sharded.building import Unmade
-from fairseq_lite.parallel.fully_sharded.choice import log_units, sharding_reasons
+from fairseq_lite.parallel.fully_sharded.choice import (
+    WHOLE_TENSOR_OPTIMIZERS,
+    log_units,
+    sharding_reasons,
+)
+from fairseq_lite.parallel.fully_sharded.engine import Engine
 from fairseq_lite.parallel.fully_sharded.fairscale_model import (
     USE_TORCH,
     Flat,
@@ -42,19 +47,13 @@ from fairseq_lite.parallel.fully_sharded.fairscale_model import (
     put_in_place,
     split,
 )
-from fairseq_lite.parallel.local import norm_of
 from fairseq_lite.parallel.plan import common_reasons
 from fairseq_lite.parallel.shards import exchange as shards
 from fairseq_lite.parallel.shards.spans import Holding, NamedState, Span, whole_span
-from fairseq_lite.parallel.world import World
 
 
-class FairscaleSharded(Backend):
+class FairscaleSharded(Engine):
     """Fully sharded training by fairscale."""
-
-    def __init__(self, cfg: Any, world: World, *, dtype: torch.dtype | None = None) -> None:
-        super().__init__(cfg, world, dtype=dtype)
-        self.writes_shards = bool(cfg.use_sharded_state)
 
     @classmethod
     def reasons(cls, run: RunConfig, machine: Machine | None = None) -> list[str]:
@@ -143,12 +142,6 @@ class FairscaleSharded(Backend):
     def reduce_gradients(self, model: nn.Module) -> None:
         pass  # each backward pass has added its gradients over the ranks, and divided
 
-    def grad_norm(self, model: nn.Module) -> Tensor:
-        grads = (p.grad for p in model.parameters() if p.grad is not None)
-        # In float64, where the square of a float32 does not overflow.
-        square = norm_of(grads, self.world.device).double().square()
-        return self.world.all_reduce(square).sqrt().float()
-
     # -- outside training -----------------------------------------------------------------------
 
     def whole(self, model: nn.Module) -> AbstractContextManager[None]:
@@ -158,22 +151,13 @@ class FairscaleSharded(Backend):
 
     # -- checkpoints ----------------------------------------------------------------------------
 
-    def save_parts(
+    def holding(
         self,
         model: nn.Module,
         optimizer: StatefulOptimizer | None,
-        average: Mapping[str, Tensor] | None = None,
-    ) -> Mapping[str, Part]:
-        write = shards.shard if self.cfg.use_sharded_state else shards.gather
-        return write(self.world, _holding(_sharded(model), optimizer, average))
-
-    def crash_parts(
-        self,
-        model: nn.Module,
-        optimizer: StatefulOptimizer | None,
-        average: Mapping[str, Tensor] | None = None,
-    ) -> Mapping[str, Part]:
-        return shards.shard(self.world, _holding(_sharded(model), optimizer, average))
+        average: Mapping[str, Tensor] | None,
+    ) -> Holding:
+        return _holding(_sharded(model), optimizer, average)
 
     def load_parts(
         self,
@@ -214,7 +198,7 @@ def _row_reasons(run: RunConfig) -> list[str]:
                 f"of them: {USE_TORCH}"
             )
     for flag, on in (
-        (f"--optimizer {run.optimizer.name}", run.optimizer.name in ("adafactor", "lamb")),
+        (f"--optimizer {run.optimizer.name}", run.optimizer.name in WHOLE_TENSOR_OPTIMIZERS),
         ("--fp16-adam-stats", getattr(run.optimizer.config, "fp16_adam_stats", False)),
     ):
         if on:

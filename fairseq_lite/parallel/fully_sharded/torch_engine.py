@@ -32,21 +32,21 @@ from torch.distributed.fsdp import (
 
 from fairseq_lite.config.core import RunConfig
 from fairseq_lite.errors import ConfigError
-from fairseq_lite.parallel.api import Backend, M, Machine, Part, PartReader, StatefulOptimizer
+from fairseq_lite.parallel.api import M, Machine, PartReader, StatefulOptimizer
 from fairseq_lite.parallel.fully_sharded.building import Unmade
 from fairseq_lite.parallel.fully_sharded.choice import log_units, sharding_reasons
-from fairseq_lite.parallel.local import norm_of
+from fairseq_lite.parallel.fully_sharded.engine import Engine
 from fairseq_lite.parallel.plan import common_reasons
 from fairseq_lite.parallel.shards import exchange as shards
+from fairseq_lite.parallel.shards.spans import Holding
 from fairseq_lite.parallel.world import World
 
 
-class TorchSharded(Backend):
+class TorchSharded(Engine):
     """Fully sharded training by torch's `fully_shard`."""
 
     def __init__(self, cfg: Any, world: World, *, dtype: torch.dtype | None = None) -> None:
         super().__init__(cfg, world, dtype=dtype)
-        self.writes_shards = bool(cfg.use_sharded_state)
         self._freed: set[nn.Module] = set()  # units that are freed after their forward pass
         self._uses: _Uses | None = None
 
@@ -143,12 +143,6 @@ class TorchSharded(Backend):
             if count == 0:
                 param.grad = None
 
-    def grad_norm(self, model: nn.Module) -> Tensor:
-        grads = (p.grad for p in model.parameters() if p.grad is not None)
-        # In float64, where the square of a float32 does not overflow.
-        square = norm_of(grads, self.world.device).double().square()
-        return self.world.all_reduce(square).sqrt().float()
-
     # -- outside training -----------------------------------------------------------------------
 
     @contextmanager
@@ -166,22 +160,13 @@ class TorchSharded(Backend):
 
     # -- checkpoints ----------------------------------------------------------------------------
 
-    def save_parts(
+    def holding(
         self,
         model: nn.Module,
         optimizer: StatefulOptimizer | None,
-        average: Mapping[str, Tensor] | None = None,
-    ) -> Mapping[str, Part]:
-        save = shards.save_shard if self.cfg.use_sharded_state else shards.save_full
-        return save(self.world, model, optimizer, average)
-
-    def crash_parts(
-        self,
-        model: nn.Module,
-        optimizer: StatefulOptimizer | None,
-        average: Mapping[str, Tensor] | None = None,
-    ) -> Mapping[str, Part]:
-        return shards.save_shard(self.world, model, optimizer, average)
+        average: Mapping[str, Tensor] | None,
+    ) -> Holding:
+        return shards.holding(model, optimizer, average)
 
     def load_parts(
         self,

@@ -1,7 +1,7 @@
 """Checkpoints of a model that is spread over ranks: one file, or one shard a rank.
 
-`save_full` gathers one tensor after the other on rank 0's CPU, and the file is the one that
-`legacy_ddp` writes. `save_shard` asks no other rank. `load` reads either: of shards, which may come
+`gather` collects one tensor after the other on rank 0's CPU, and the file is the one that
+`legacy_ddp` writes. `shard` asks no other rank. `load` reads either: of shards, which may come
 from any number of ranks, each rank reads its own numbers only; a whole file is read by rank 0,
 which deals them out.
 
@@ -46,33 +46,6 @@ Fitting = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 # -- models of DTensors -------------------------------------------------------------------------
 
 
-def save_full(
-    world: World,
-    model: nn.Module,
-    optimizer: StatefulOptimizer | None,
-    average: Mapping[str, Tensor] | None = None,
-) -> Mapping[str, Part]:
-    """The whole checkpoint on rank 0, on the CPU; nothing on other ranks. All take part.
-
-    Args:
-        world: the ranks.
-        model: its parameters are DTensors, split by their first axis over all ranks.
-        optimizer: its state tensors are this rank's rows, or the same on all ranks.
-        average: tensors by the names of the model's state, laid out alike.
-    """
-    return gather(world, holding(model, optimizer, average))
-
-
-def save_shard(
-    world: World,
-    model: nn.Module,
-    optimizer: StatefulOptimizer | None,
-    average: Mapping[str, Tensor] | None = None,
-) -> Mapping[str, Part]:
-    """This rank's shard, without a word to other ranks; see `save_full`."""
-    return shard(world, holding(model, optimizer, average))
-
-
 def load(
     world: World,
     model: nn.Module,
@@ -80,7 +53,14 @@ def load(
     parts: PartReader,
     average: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Fill a model, its optimizer and its average from any checkpoint; see `save_full`.
+    """Fill a model, its optimizer and its average from any checkpoint. All ranks take part.
+
+    Args:
+        world: the ranks.
+        model: its parameters are DTensors, split by their first axis over all ranks.
+        optimizer: its state tensors are this rank's rows, or the same on all ranks.
+        parts: the checkpoint.
+        average: tensors by the names of the model's state, laid out alike.
 
     Raises:
         CheckpointError: on every rank, when a part is missing, damaged or does not fit.
