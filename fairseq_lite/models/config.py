@@ -9,7 +9,7 @@ decoder-only model each derive theirs.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from fairseq_lite.config.flags import flag
 from fairseq_lite.errors import ConfigError
@@ -182,16 +182,7 @@ class TransformerConfig:
             final_norm=cfg.encoder_normalize_before,
             learned_pos=cfg.encoder_learned_pos,
             layerdrop=cfg.encoder_layerdrop,
-            dropout=cfg.dropout,
-            attention_dropout=cfg.attention_dropout,
-            activation_dropout=cfg.activation_dropout,
-            activation_fn=cfg.activation_fn,
-            positions=not cfg.no_token_positional_embeddings,
-            scale_embedding=not cfg.no_scale_embedding,
-            layernorm_embedding=cfg.layernorm_embedding,
-            checkpoint_activations=cfg.checkpoint_activations,
-            offload_activations=cfg.offload_activations,
-            min_params_to_wrap=cfg.min_params_to_wrap,
+            **for_every_stack(cfg),
         )
 
     def decoder_stack(self) -> StackConfig:
@@ -212,6 +203,22 @@ class TransformerConfig:
             learned_pos=cfg.decoder_learned_pos,
             layerdrop=cfg.decoder_layerdrop,
         )
+
+
+def for_every_stack(cfg: Any) -> dict[str, Any]:
+    """Fields of `StackConfig` that a model's flags set for all its stacks alike."""
+    return {
+        "dropout": cfg.dropout,
+        "attention_dropout": cfg.attention_dropout,
+        "activation_dropout": cfg.activation_dropout,
+        "activation_fn": cfg.activation_fn,
+        "positions": not cfg.no_token_positional_embeddings,
+        "scale_embedding": not cfg.no_scale_embedding,
+        "layernorm_embedding": cfg.layernorm_embedding,
+        "checkpoint_activations": cfg.checkpoint_activations,
+        "offload_activations": cfg.offload_activations,
+        "min_params_to_wrap": cfg.min_params_to_wrap,
+    }
 
 
 def depth(layers: int, keep: tuple[int, ...] | None) -> int:

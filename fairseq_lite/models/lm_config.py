@@ -17,6 +17,7 @@ from fairseq_lite.models.config import (
     check_heads,
     check_probabilities,
     depth,
+    for_every_stack,
 )
 
 
@@ -126,16 +127,7 @@ class TransformerLMConfig:
             final_norm=cfg.decoder_normalize_before and not cfg.no_decoder_final_norm,
             learned_pos=cfg.decoder_learned_pos,
             layerdrop=cfg.decoder_layerdrop,
-            dropout=cfg.dropout,
-            attention_dropout=cfg.attention_dropout,
-            activation_dropout=cfg.activation_dropout,
-            activation_fn=cfg.activation_fn,
-            positions=not cfg.no_token_positional_embeddings,
-            scale_embedding=not cfg.no_scale_embedding,
-            layernorm_embedding=cfg.layernorm_embedding,
-            checkpoint_activations=cfg.checkpoint_activations,
-            offload_activations=cfg.offload_activations,
-            min_params_to_wrap=cfg.min_params_to_wrap,
+            **for_every_stack(cfg),
             scale_attn=cfg.scale_attn,
             scale_fc=cfg.scale_fc,
             scale_heads=cfg.scale_heads,

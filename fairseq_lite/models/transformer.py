@@ -240,8 +240,36 @@ class TransformerDecoder(_Stack):
         return x
 
 
+class DecodingModel(Model):
+    """What models that end in a transformer decoder share."""
+
+    decoder: TransformerDecoder
+
+    @classmethod
+    def build_decoder(
+        cls,
+        cfg: StackConfig,
+        embed: Embedding,
+        max_positions: int,
+        num_tokens: int,
+        share_output: bool,
+    ) -> TransformerDecoder:
+        """Make the decoder; an architecture with another one overrides this."""
+        return TransformerDecoder(
+            cfg, embed, max_positions, num_tokens=num_tokens, share_output=share_output
+        )
+
+    def output_layer(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.decoder.output_projection(features)
+        return logits
+
+    @property
+    def output_weight(self) -> Tensor | None:
+        return self.decoder.output_projection.weight
+
+
 @ARCHITECTURES.register("transformer", config=TransformerConfig)
-class TransformerModel(Model):
+class TransformerModel(DecodingModel):
     """Encoder and decoder."""
 
     def __init__(
@@ -294,20 +322,6 @@ class TransformerModel(Model):
         """Make the encoder; an architecture with another one overrides this."""
         return TransformerEncoder(cfg, embed, max_positions)
 
-    @classmethod
-    def build_decoder(
-        cls,
-        cfg: StackConfig,
-        embed: Embedding,
-        max_positions: int,
-        num_tokens: int,
-        share_output: bool,
-    ) -> TransformerDecoder:
-        """Make the decoder; an architecture with another one overrides this."""
-        return TransformerDecoder(
-            cfg, embed, max_positions, num_tokens=num_tokens, share_output=share_output
-        )
-
     def forward(
         self,
         src_tokens: Tensor,
@@ -330,14 +344,6 @@ class TransformerModel(Model):
     def encode(self, src_tokens: Tensor, src_lengths: Tensor | None = None) -> EncoderOut:
         out: EncoderOut = self.encoder(src_tokens, src_lengths)
         return out
-
-    def output_layer(self, features: Tensor) -> Tensor:
-        logits: Tensor = self.decoder.output_projection(features)
-        return logits
-
-    @property
-    def output_weight(self) -> Tensor | None:
-        return self.decoder.output_projection.weight
 
     def max_positions(self) -> tuple[int, int]:
         return self.encoder.max_positions, self.decoder.max_positions

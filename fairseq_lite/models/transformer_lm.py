@@ -9,16 +9,15 @@ from torch import Tensor, nn
 
 from fairseq_lite.errors import ConfigError
 from fairseq_lite.models import presets
-from fairseq_lite.models.api import ARCHITECTURES, Model, ModelTask, NetOutput, StateDict
-from fairseq_lite.models.config import StackConfig
+from fairseq_lite.models.api import ARCHITECTURES, ModelTask, NetOutput, StateDict
 from fairseq_lite.models.layers import Embedding
 from fairseq_lite.models.lm_config import TransformerLMConfig
-from fairseq_lite.models.transformer import TransformerDecoder
+from fairseq_lite.models.transformer import DecodingModel, TransformerDecoder
 from fairseq_lite.models.upgrade import drop_old_final_norm, upgrade_names
 
 
 @ARCHITECTURES.register("transformer_lm", config=TransformerLMConfig)
-class TransformerLanguageModel(Model):
+class TransformerLanguageModel(DecodingModel):
     """A stack of causal layers that predicts the next token."""
 
     def __init__(self, cfg: TransformerLMConfig, decoder: TransformerDecoder) -> None:
@@ -50,20 +49,6 @@ class TransformerLanguageModel(Model):
         words = len(source) if share else len(target)
         return cls(cfg, cls.build_decoder(stack, embed, longest, words, share))
 
-    @classmethod
-    def build_decoder(
-        cls,
-        cfg: StackConfig,
-        embed: Embedding,
-        max_positions: int,
-        num_tokens: int,
-        share_output: bool,
-    ) -> TransformerDecoder:
-        """Make the decoder; an architecture with another one overrides this."""
-        return TransformerDecoder(
-            cfg, embed, max_positions, num_tokens=num_tokens, share_output=share_output
-        )
-
     def forward(  # type: ignore[override]
         self,
         src_tokens: Tensor,
@@ -83,14 +68,6 @@ class TransformerLanguageModel(Model):
         """
         out: NetOutput = self.decoder(src_tokens, features_only=features_only)
         return out
-
-    def output_layer(self, features: Tensor) -> Tensor:
-        logits: Tensor = self.decoder.output_projection(features)
-        return logits
-
-    @property
-    def output_weight(self) -> Tensor | None:
-        return self.decoder.output_projection.weight
 
     def max_positions(self) -> int:
         return self.decoder.max_positions
