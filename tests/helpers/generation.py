@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from fairseq_lite.data.dictionary import Dictionary
@@ -13,7 +14,21 @@ from fairseq_lite.models.lm_config import TransformerLMConfig
 from fairseq_lite.models.transformer import TransformerModel
 from fairseq_lite.models.transformer_lm import TransformerLanguageModel
 
+PAD = 1
 WORDS = "the a cat dog sat ran on mat snow and".split()
+
+
+class Words:
+    """A dictionary of `n` symbols, of which no test asks the names."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def pad(self) -> int:
+        return PAD
 
 
 class PlainModel(TransformerModel):
@@ -145,3 +160,27 @@ def one_of(sample: dict[str, Any], i: int) -> dict[str, Any]:
         },
         "target": sample["target"][i : i + 1, :n],
     }
+
+
+def prefix_of(sample: dict[str, Any], i: int) -> dict[str, Any]:
+    """Prefix i of a batch as a batch of its own, without padding."""
+    inputs = sample["net_input"]
+    n = int(inputs["src_lengths"][i])
+    return {
+        "id": sample["id"][i : i + 1],
+        "net_input": {
+            "src_tokens": inputs["src_tokens"][i : i + 1, :n],
+            "src_lengths": inputs["src_lengths"][i : i + 1],
+        },
+        "target": None,
+    }
+
+
+def assert_same(a: Any, b: Any, tolerance: float = 1e-5) -> None:
+    """Two lists of hypotheses, a list a sentence: the same tokens, the same scores."""
+    assert len(a) == len(b)
+    for ours, theirs in zip(a, b, strict=True):
+        assert [h.tokens.tolist() for h in ours] == [h.tokens.tolist() for h in theirs]
+        for x, y in zip(ours, theirs, strict=True):
+            assert x.score == pytest.approx(y.score, abs=tolerance)
+            assert torch.allclose(x.positional_scores, y.positional_scores, atol=tolerance)

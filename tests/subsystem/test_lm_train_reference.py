@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 
 from fairseq_lite.data import blocks, monolingual
-from tests.helpers.commands import flite_process
-from tests.helpers.reference import compared, differ, reference_log, train_here, train_inner
+from tests.helpers.reference import (
+    assert_equals_reference,
+    differ,
+    reference_log,
+    train_here,
+    train_inner,
+)
 from tests.helpers.shared import shared_dir
 
 MODES = ("none", "complete", "eos")
@@ -38,18 +43,7 @@ def command_line(mode: str, log: Path, updates: int) -> list[str]:
 def test_twenty_updates_equal_the_reference(
     mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Norms differ in the last digit with the processor's vector instructions; see
-    # test_train_reference.
-    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
-    log = tmp_path / "log.txt"
-    done = flite_process("train", *command_line(mode, log, updates=20), timeout=240)
-    assert done.returncode == 0, done.stderr
-    ours, theirs = train_inner(log), reference_log("lm", mode, updates=20)
-    assert compared(ours) == compared(theirs)
-    keys = [list(record) for record in theirs]
-    assert [list(record) for record in ours] == keys, "same keys in the same order"
-    for mine, other in zip(ours, theirs, strict=True):
-        assert float(mine["ppl"]) == pytest.approx(float(other["ppl"]), rel=1e-5)
+    assert_equals_reference("lm", mode, command_line, tmp_path, monkeypatch)
 
 
 # A comparison that has never failed proves nothing: mistakes in the data, put in on purpose.

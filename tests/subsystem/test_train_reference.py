@@ -11,8 +11,13 @@ from fairseq_lite.config.core import RunConfig
 from fairseq_lite.parallel.world import World
 from fairseq_lite.training import trainer as trainer_module
 from fairseq_lite.training.run import train
-from tests.helpers.commands import flite_process
-from tests.helpers.reference import compared, differ, reference_log, train_here, train_inner
+from tests.helpers.reference import (
+    assert_equals_reference,
+    differ,
+    reference_log,
+    train_here,
+    train_inner,
+)
 from tests.helpers.shared import shared_dir
 
 DIMENSIONS = (
@@ -57,18 +62,7 @@ def our_log(variant: str, folder: Path, updates: int, fn: Any = train) -> list[d
 def test_twenty_updates_equal_the_reference(
     variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The float32 norm of 400,000 numbers has an error of 1e-5, which depends on how many of them
-    # the processor adds at once. Without vector instructions it is the same everywhere.
-    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
-    log = tmp_path / "log.txt"
-    done = flite_process("train", *command_line(variant, log, updates=20), timeout=240)
-    assert done.returncode == 0, done.stderr
-    ours, theirs = train_inner(log), reference_log("mt", variant, updates=20)
-    assert compared(ours) == compared(theirs)
-    keys = [list(record) for record in theirs]
-    assert [list(record) for record in ours] == keys, "same keys in the same order"
-    for mine, other in zip(ours, theirs, strict=True):
-        assert float(mine["ppl"]) == pytest.approx(float(other["ppl"]), rel=1e-5)
+    assert_equals_reference("mt", variant, command_line, tmp_path, monkeypatch)
 
 
 # A comparison that has never failed proves nothing: two bugs that have happened, put in on purpose.

@@ -20,9 +20,11 @@ from fairseq_lite.generation.incremental import (
 from fairseq_lite.generation.likelihood import TargetScorer
 from tests.helpers.generation import (
     PlainLanguageModel,
+    assert_same,
     make_dictionary,
     make_language_model,
     make_prefixes,
+    prefix_of,
 )
 
 LENGTHS = [5, 0, 2, 7, 2]
@@ -39,28 +41,6 @@ def generator(model=None, start=EOS, **options):
 
 def run(lengths=LENGTHS, model=None, **options):
     return generator(model, **options).generate(make_prefixes(lengths))
-
-
-def one_of(sample, i):
-    inputs = sample["net_input"]
-    n = int(inputs["src_lengths"][i])
-    return {
-        "id": sample["id"][i : i + 1],
-        "net_input": {
-            "src_tokens": inputs["src_tokens"][i : i + 1, :n],
-            "src_lengths": inputs["src_lengths"][i : i + 1],
-        },
-        "target": None,
-    }
-
-
-def assert_same(a, b, tolerance=1e-5):
-    assert len(a) == len(b)
-    for ours, theirs in zip(a, b, strict=True):
-        assert [h.tokens.tolist() for h in ours] == [h.tokens.tolist() for h in theirs]
-        for x, y in zip(ours, theirs, strict=True):
-            assert x.score == pytest.approx(y.score, abs=tolerance)
-            assert torch.allclose(x.positional_scores, y.positional_scores, atol=tolerance)
 
 
 # -- the cache ------------------------------------------------------------------------------------
@@ -161,7 +141,7 @@ def test_equal_to_a_naive_search(beam, lenpen, max_len):
     lengths = set()
     with torch.no_grad():
         for i, ours in enumerate(found):
-            prefix = one_of(sample, i)["net_input"]["src_tokens"][0, 1:].tolist()
+            prefix = prefix_of(sample, i)["net_input"]["src_tokens"][0, 1:].tolist()
             theirs = naive(model, prefix, beam, max_len, lenpen)
             assert [h.tokens.tolist() for h in ours] == [tokens for _, tokens, _ in theirs]
             for h, (score, _, positional) in zip(ours, theirs, strict=True):
@@ -189,7 +169,7 @@ def test_a_batch_is_its_prefixes_one_by_one(options):
     sample = make_prefixes(LENGTHS)
     together = generator(beam=4, **options).generate(sample)
     alone = [
-        generator(beam=4, **options).generate(one_of(sample, i))[0] for i in range(len(LENGTHS))
+        generator(beam=4, **options).generate(prefix_of(sample, i))[0] for i in range(len(LENGTHS))
     ]
     assert_same(together, alone)
     for i, hypotheses in enumerate(together):
@@ -220,7 +200,7 @@ def test_prefixes_given_apart_and_prefixes_that_end():
         assert len(found[i]) == 3
         assert all(h.tokens[: len(start)].tolist() == start for h in found[i])
     alone = [
-        generator(beam=3).generate(one_of(sample, i), given[i : i + 1])[0]
+        generator(beam=3).generate(prefix_of(sample, i), given[i : i + 1])[0]
         for i in range(len(given))
     ]
     assert_same(found, alone)

@@ -21,6 +21,7 @@ from fairseq_lite.models.transformer_lm import TransformerLanguageModel
 from tests.helpers.generation import (
     PlainLanguageModel,
     PlainModel,
+    assert_same,
     make_dictionary,
     make_language_model,
     make_model,
@@ -36,15 +37,6 @@ def generator(model=None, **options):
     models = model if isinstance(model, list) else [make_model() if model is None else model]
     seed = options.pop("seed", 1)
     return SequenceGenerator(models, make_dictionary(), GenerationConfig(**options), seed=seed)
-
-
-def assert_same(a, b, tolerance=1e-5):
-    assert len(a) == len(b)
-    for ours, theirs in zip(a, b, strict=True):
-        assert [h.tokens.tolist() for h in ours] == [h.tokens.tolist() for h in theirs]
-        for x, y in zip(ours, theirs, strict=True):
-            assert x.score == pytest.approx(y.score, abs=tolerance)
-            assert torch.allclose(x.positional_scores, y.positional_scores, atol=tolerance)
 
 
 # -- the cache ------------------------------------------------------------------------------------

@@ -21,9 +21,9 @@ from fairseq_lite.models.api import ARCHITECTURES
 from fairseq_lite.models.lm_config import TransformerLMConfig
 from fairseq_lite.models.transformer import TransformerModel
 from fairseq_lite.models.transformer_lm import TransformerLanguageModel
+from tests.helpers.generation import PAD, Words
 from tests.helpers.shared import shared_dir
 
-PAD = 1
 SMALL: dict[str, Any] = {
     "decoder_embed_dim": 16,
     "decoder_input_dim": None,
@@ -35,19 +35,6 @@ SMALL: dict[str, Any] = {
     "dropout": 0.0,
 }
 SCALES = {f"scale_{x}": True for x in ("attn", "fc", "heads", "resids")}
-
-
-class Words:
-    """A dictionary of `n` symbols."""
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-
-    def __len__(self) -> int:
-        return self.n
-
-    def pad(self) -> int:
-        return PAD
 
 
 def build(

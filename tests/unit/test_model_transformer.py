@@ -17,23 +17,8 @@ from fairseq_lite.models.api import ARCHITECTURES
 from fairseq_lite.models.config import TransformerConfig
 from fairseq_lite.models.layers import ACTIVATIONS, SinusoidalPositions, positions_of
 from fairseq_lite.models.transformer import TransformerModel
-from tests.helpers.generation import make_model, make_sample, one_of
+from tests.helpers.generation import PAD, Words, make_model, make_sample, one_of
 from tests.helpers.shared import shared_dir
-
-PAD = 1
-
-
-class Words:
-    """A dictionary of `n` symbols."""
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-
-    def __len__(self) -> int:
-        return self.n
-
-    def pad(self) -> int:
-        return PAD
 
 
 def build(cfg: TransformerConfig, source: int = 336, target: int = 336) -> TransformerModel:
