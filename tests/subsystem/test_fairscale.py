@@ -24,6 +24,7 @@ from fairseq_lite.config.parse import parse
 from fairseq_lite.errors import CheckpointError, TrainingError
 from fairseq_lite.parallel.api import MAIN_PART, Part, PartReader
 from fairseq_lite.parallel.fully_sharded.choice import FullyShardedConfig
+from fairseq_lite.parallel.local import norm_of
 from fairseq_lite.parallel.world import SingleWorld, World
 from fairseq_lite.training import run as training_run
 from fairseq_lite.training.checkpoint import store
@@ -83,7 +84,7 @@ def bugs(engine: ModuleType) -> dict[str, Any]:
         """Takes the norm of this rank's pieces for that of all."""
 
         def grad_norm(self, model: nn.Module) -> Tensor:
-            norm: Tensor = engine.norm_of((p.grad for p in model.parameters()), self.world.device)
+            norm: Tensor = norm_of((p.grad for p in model.parameters()), self.world.device)
             return norm
 
     class OnlyTheLast(right):
