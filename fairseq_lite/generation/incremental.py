@@ -425,7 +425,7 @@ class TreeDecoder(PrefixDecoder):
             x = layer.dropout_module.add(out, x)
             if not layer.normalize_before:
                 x = norm(x)
-        return layer.feed_forward(x)
+        return layer.feed_forward(x)[0]
 
     def _attend(self, state: _LayerState, x: Tensor, bias: Tensor, causal: bool) -> Tensor:
         attention = state.layer.self_attn

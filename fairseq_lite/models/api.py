@@ -69,10 +69,12 @@ class EncoderOut(NamedTuple):
     Attributes:
         states: (B, S, D).
         padding_mask: (B, S), True where the source is padding; None when nothing is.
+        reports: what mixtures of experts report, by layer; see `moe.router.RouterReport`.
     """
 
     states: Tensor
     padding_mask: Tensor | None
+    reports: Mapping[str, Any] = {}
 
 
 class Model(nn.Module):

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from fairseq_lite.config.flags import flag
 from fairseq_lite.errors import ConfigError
+from fairseq_lite.moe.flags import MoEConfig
+from fairseq_lite.moe.options import MoEOptions
 
 Activation = Literal["gelu", "gelu_accurate", "gelu_fast", "linear", "relu", "tanh"]
 
@@ -28,6 +30,7 @@ class StackConfig:
         encoder_dim: width of the states cross-attention reads; None for a stack without it.
         scale_attn, scale_fc, scale_heads, scale_resids: NormFormer's additions (Shleifer et al.
             2021), in decoder layers only; see `TransformerDecoderLayer`.
+        moe: the experts of the layers that have some; None for a dense stack.
     """
 
     embed_dim: int
@@ -55,10 +58,17 @@ class StackConfig:
     scale_fc: bool = False
     scale_heads: bool = False
     scale_resids: bool = False
+    moe: MoEOptions | None = None
+
+    def for_layer(self, index: int) -> StackConfig:
+        """What layer `index`, from 0, is built from: without `moe` where it has no experts."""
+        if self.moe is None or self.moe.has_experts(index):
+            return self
+        return dataclasses.replace(self, moe=None)
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(MoEConfig):
     """The encoder-decoder transformer (Vaswani et al. 2017)."""
 
     activation_fn: Activation = flag("relu", "activation of the feed-forward blocks")
@@ -119,6 +129,7 @@ class TransformerConfig:
     min_params_to_wrap: int = flag(
         int(1e8), "--ddp-backend fully_sharded wraps only layers with at least this many parameters"
     )
+    encoder_moe_freq: int = flag(0, "as --moe-freq, for the encoder's layers")
 
     def __post_init__(self) -> None:
         check_heads("encoder", self.encoder_embed_dim, self.encoder_attention_heads)
@@ -182,6 +193,7 @@ class TransformerConfig:
             final_norm=cfg.encoder_normalize_before,
             learned_pos=cfg.encoder_learned_pos,
             layerdrop=cfg.encoder_layerdrop,
+            moe=cfg.experts_of(cfg.encoder_moe_freq, cfg.encoder_ffn_embed_dim),
             **for_every_stack(cfg),
         )
 
@@ -202,6 +214,7 @@ class TransformerConfig:
             final_norm=cfg.decoder_normalize_before and not cfg.no_decoder_final_norm,
             learned_pos=cfg.decoder_learned_pos,
             layerdrop=cfg.decoder_layerdrop,
+            moe=cfg.experts_of(cfg.decoder_moe_freq, cfg.decoder_ffn_embed_dim),
         )
 
 

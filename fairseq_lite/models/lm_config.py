@@ -19,10 +19,11 @@ from fairseq_lite.models.config import (
     depth,
     for_every_stack,
 )
+from fairseq_lite.moe.flags import MoEConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerLMConfig:
+class TransformerLMConfig(MoEConfig):
     """The transformer language model (Vaswani et al. 2017, Radford et al. 2019)."""
 
     activation_fn: Activation = flag("relu", "activation of the feed-forward blocks")
@@ -127,6 +128,7 @@ class TransformerLMConfig:
             final_norm=cfg.decoder_normalize_before and not cfg.no_decoder_final_norm,
             learned_pos=cfg.decoder_learned_pos,
             layerdrop=cfg.decoder_layerdrop,
+            moe=cfg.experts_of(cfg.decoder_moe_freq, cfg.decoder_ffn_embed_dim),
             **for_every_stack(cfg),
             scale_attn=cfg.scale_attn,
             scale_fc=cfg.scale_fc,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from fairseq_lite.models.layers import (
 )
 from fairseq_lite.models.transformer_layers import TransformerDecoderLayer, TransformerEncoderLayer
 from fairseq_lite.models.upgrade import drop_old_final_norm, upgrade_names
+from fairseq_lite.moe.router import RouterReport
 
 
 class _Stack(nn.Module):
@@ -44,6 +45,7 @@ class _Stack(nn.Module):
     where blocks normalise first.
     """
 
+    side: ClassVar[str]
     version: Tensor
     layers: nn.ModuleList
     layer_norm: LayerNorm | None
@@ -69,11 +71,18 @@ class _Stack(nn.Module):
             else None
         )
         self.layernorm_embedding = LayerNorm(cfg.embed_dim) if cfg.layernorm_embedding else None
-        self.layers = nn.ModuleList(self.build_layer(cfg, i) for i in range(cfg.layers))
+        self.layers = nn.ModuleList(
+            self.build_layer(cfg.for_layer(i), f"{self.side}.layers.{i}") for i in range(cfg.layers)
+        )
         self.layer_norm = LayerNorm(cfg.embed_dim) if cfg.final_norm else None
 
-    def build_layer(self, cfg: StackConfig, index: int) -> nn.Module:
-        """Make layer `index`; a stack with other layers overrides this."""
+    def build_layer(self, cfg: StackConfig, name: str) -> nn.Module:
+        """Make a layer; a stack with other layers overrides this.
+
+        Args:
+            cfg: the shape; `cfg.moe` is None unless this layer has experts.
+            name: as in `decoder.layers.0`.
+        """
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
@@ -120,8 +129,10 @@ class _Stack(nn.Module):
 class TransformerEncoder(_Stack):
     """Source tokens to states."""
 
-    def build_layer(self, cfg: StackConfig, index: int) -> nn.Module:
-        return TransformerEncoderLayer(cfg)
+    side = "encoder"
+
+    def build_layer(self, cfg: StackConfig, name: str) -> nn.Module:
+        return TransformerEncoderLayer(cfg, name)
 
     def forward(self, src_tokens: Tensor, src_lengths: Tensor | None = None) -> EncoderOut:
         """Encode.
@@ -136,11 +147,14 @@ class TransformerEncoder(_Stack):
         if padding is not None:
             x = x * (~padding).to(x.dtype)[:, :, None]
             bias = attention_bias(padding[:, None, None, :], x.dtype)
+        reports: dict[str, RouterReport] = {}
         for layer in kept_layers(self.layers, self.cfg.layerdrop, self.training):
-            x = self._run(layer, x, bias)
+            x, report = self._run(layer, x, bias, padding)
+            if report is not None:
+                reports[str(layer.name)] = report
         if self.layer_norm is not None:
             x = self.layer_norm(x)
-        return EncoderOut(x, padding)
+        return EncoderOut(x, padding, reports)
 
 
 class TransformerDecoder(_Stack):
@@ -156,6 +170,8 @@ class TransformerDecoder(_Stack):
         share_output: use the embeddings as the output projection.
     """
 
+    side = "decoder"
+
     def __init__(
         self,
         cfg: StackConfig,
@@ -166,6 +182,7 @@ class TransformerDecoder(_Stack):
         share_output: bool,
     ) -> None:
         super().__init__(cfg, embed_tokens, max_positions)
+        self._masks_padding = cfg.moe is not None and cfg.moe.router.mask_padding
         self.project_out_dim = (
             XavierLinear(cfg.embed_dim, cfg.output_dim, bias=False)
             if cfg.embed_dim != cfg.output_dim
@@ -175,8 +192,8 @@ class TransformerDecoder(_Stack):
             cfg.output_dim, num_tokens, tied_to=embed_tokens if share_output else None
         )
 
-    def build_layer(self, cfg: StackConfig, index: int) -> nn.Module:
-        return TransformerDecoderLayer(cfg)
+    def build_layer(self, cfg: StackConfig, name: str) -> nn.Module:
+        return TransformerDecoderLayer(cfg, name)
 
     def forward(
         self,
@@ -198,7 +215,8 @@ class TransformerDecoder(_Stack):
             alignment_layer: the layer it is taken from; the last when None.
 
         Returns:
-            Logits (B, T, V), or features (B, T, D'), and the extras.
+            Logits (B, T, V), or features (B, T, D'), and the extras: `attn`; `experts`, what
+            mixtures of experts report, by layer, the encoder's first.
         """
         x = self.embed(prev_output_tokens)
         bias, causal = self._causal_bias(prev_output_tokens, x.dtype)
@@ -208,12 +226,20 @@ class TransformerDecoder(_Stack):
             if encoder_out.padding_mask is not None:
                 encoder_bias = attention_bias(encoder_out.padding_mask[:, None, None, :], x.dtype)
         chosen = self.layers[-1 if alignment_layer is None else alignment_layer]
+        padding = prev_output_tokens.eq(self.padding_idx) if self._masks_padding else None
         extra: dict[str, Any] = {}
+        reports = {} if encoder_out is None else dict(encoder_out.reports)
         for layer in kept_layers(self.layers, self.cfg.layerdrop, self.training):
             wanted = need_alignment and layer is chosen
-            x, weights = self._run(layer, x, bias, causal, states, encoder_bias, wanted)
+            x, weights, report = self._run(
+                layer, x, bias, causal, states, encoder_bias, wanted, padding
+            )
             if weights is not None:
                 extra["attn"] = weights.mean(dim=1)
+            if report is not None:
+                reports[str(layer.name)] = report
+        if reports:
+            extra["experts"] = reports
         x = self.finish(x)
         return (x if features_only else self.output_projection(x)), extra
 

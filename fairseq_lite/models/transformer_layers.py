@@ -1,8 +1,8 @@
 """The encoder's and the decoder's layer.
 
 A layer is two or three residual blocks. Each block normalises either its input (pre-norm) or the
-sum of its output and input (post-norm, the default). `feed_forward` is a block of its own, so that
-another kind of inner network, such as a mixture of experts, replaces one method.
+sum of its output and input (post-norm, the default). The inner network of `feed_forward` is two
+linear maps, or a mixture of experts, which `build_mixture` makes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,35 @@ from fairseq_lite.models.attention import MultiheadAttention
 from fairseq_lite.models.config import StackConfig
 from fairseq_lite.models.dropout import Dropout
 from fairseq_lite.models.layers import ACTIVATIONS, LayerNorm
+from fairseq_lite.moe.layer import MoELayer
+from fairseq_lite.moe.router import RouterReport
+
+
+class Expert(nn.Module):
+    """The inner network of one expert: (N, D) -> (N, D).
+
+    Args:
+        cfg: the shape; the inner width is `cfg.moe.ffn_dim`.
+        owner: whose the dropout is.
+    """
+
+    def __init__(self, cfg: StackConfig, owner: str) -> None:
+        super().__init__()
+        assert cfg.moe is not None
+        inner = cfg.moe.ffn_dim
+        self.activation = ACTIVATIONS[cfg.activation_fn]
+        self.activation_dropout_module = Dropout(cfg.activation_dropout, owner)
+        self.ffn_layernorm = LayerNorm(inner) if cfg.scale_fc else None
+        self.fc1 = nn.Linear(cfg.embed_dim, inner)
+        self.fc2 = nn.Linear(inner, cfg.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute rows, none of them included."""
+        inner = self.activation_dropout_module(self.activation(self.fc1(x)))
+        if self.ffn_layernorm is not None:
+            inner = self.ffn_layernorm(inner)
+        out: Tensor = self.fc2(inner)
+        return out
 
 
 class _Layer(nn.Module):
@@ -37,10 +66,12 @@ class _Layer(nn.Module):
     ffn_layernorm: LayerNorm | None
     fc1: nn.Linear
     fc2: nn.Linear
+    moe_layer: nn.Module | None
     final_layer_norm: LayerNorm
 
-    def __init__(self, cfg: StackConfig) -> None:
+    def __init__(self, cfg: StackConfig, name: str) -> None:
         super().__init__()
+        self.name = name
         owner = type(self).__name__
         self.embed_dim = cfg.embed_dim
         self.normalize_before = cfg.normalize_before
@@ -60,10 +91,24 @@ class _Layer(nn.Module):
         self.self_attn_layer_norm = LayerNorm(cfg.embed_dim)
 
     def _build_feed_forward(self, cfg: StackConfig) -> None:
-        self.ffn_layernorm = LayerNorm(cfg.ffn_embed_dim) if cfg.scale_fc else None
-        self.fc1 = nn.Linear(cfg.embed_dim, cfg.ffn_embed_dim)
-        self.fc2 = nn.Linear(cfg.ffn_embed_dim, cfg.embed_dim)
+        if cfg.moe is not None:
+            self.moe_layer = self.build_mixture(cfg)
+        else:
+            self.moe_layer = None
+            self.ffn_layernorm = LayerNorm(cfg.ffn_embed_dim) if cfg.scale_fc else None
+            self.fc1 = nn.Linear(cfg.embed_dim, cfg.ffn_embed_dim)
+            self.fc2 = nn.Linear(cfg.ffn_embed_dim, cfg.embed_dim)
         self.final_layer_norm = LayerNorm(cfg.embed_dim)
+
+    def build_mixture(self, cfg: StackConfig) -> nn.Module:
+        """Make the mixture of experts; a layer with another one overrides this.
+
+        Returns:
+            A module that maps states (…, D) and a padding mask (…) or None to states (…, D) and a
+            `RouterReport`.
+        """
+        assert cfg.moe is not None
+        return MoELayer(cfg.embed_dim, cfg.moe, lambda: Expert(cfg, type(self).__name__), self.name)
 
     def reset_parameters(self) -> None:
         """Start the factors at one."""
@@ -90,18 +135,31 @@ class _Layer(nn.Module):
         x = self.dropout_module.add(out, x)
         return x if self.normalize_before else norm(x)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """The whole residual block (…, D) -> (…, D)."""
+    def feed_forward(
+        self, x: Tensor, padding: Tensor | None = None
+    ) -> tuple[Tensor, RouterReport | None]:
+        """The whole residual block.
+
+        Args:
+            x: (…, D).
+            padding: (…), True on padding, for a mixture of experts; None where there is none.
+
+        Returns:
+            (…, D), and what a mixture of experts reports.
+        """
         norm = self.final_layer_norm
-        inner = self.activation(self.fc1(norm(x) if self.normalize_before else x))
-        inner = self.activation_dropout_module(inner)
-        if self.ffn_layernorm is not None:
-            inner = self.ffn_layernorm(inner)
-        out = self.fc2(inner)
+        out, report = norm(x) if self.normalize_before else x, None
+        if self.moe_layer is not None:
+            out, report = self.moe_layer(out, padding)
+        else:
+            out = self.activation_dropout_module(self.activation(self.fc1(out)))
+            if self.ffn_layernorm is not None:
+                out = self.ffn_layernorm(out)
+            out = self.fc2(out)
         if self.w_resid is not None:
             x = x * self.w_resid.to(x.dtype)
         x = self.dropout_module.add(out, x)
-        return x if self.normalize_before else norm(x)
+        return x if self.normalize_before else norm(x), report
 
 
 def _factors(count: int) -> nn.Parameter:
@@ -111,15 +169,26 @@ def _factors(count: int) -> nn.Parameter:
 class TransformerEncoderLayer(_Layer):
     """Self-attention, then feed-forward."""
 
-    def __init__(self, cfg: StackConfig) -> None:
-        super().__init__(cfg)
+    def __init__(self, cfg: StackConfig, name: str = "") -> None:
+        super().__init__(cfg, name)
         self._build_self_attention(cfg)
         self._build_feed_forward(cfg)
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """(B, S, D) -> (B, S, D); `bias` (B, 1, 1, S) hides padding."""
+    def forward(
+        self, x: Tensor, bias: Tensor | None, padding: Tensor | None = None
+    ) -> tuple[Tensor, RouterReport | None]:
+        """One step of the stack.
+
+        Args:
+            x: (B, S, D).
+            bias: (B, 1, 1, S), hides padding.
+            padding: (B, S), for a mixture of experts.
+
+        Returns:
+            (B, S, D), and what a mixture of experts reports.
+        """
         x = self.self_attention(x, lambda states: self.self_attn(states, states, bias=bias)[0])
-        return self.feed_forward(x)
+        return self.feed_forward(x, padding)
 
 
 class TransformerDecoderLayer(_Layer):
@@ -128,8 +197,8 @@ class TransformerDecoderLayer(_Layer):
     encoder_attn: MultiheadAttention | None
     encoder_attn_layer_norm: LayerNorm | None
 
-    def __init__(self, cfg: StackConfig) -> None:
-        super().__init__(cfg)
+    def __init__(self, cfg: StackConfig, name: str = "") -> None:
+        super().__init__(cfg, name)
         self._build_self_attention(cfg)
         if cfg.encoder_dim is None:
             self.encoder_attn = self.encoder_attn_layer_norm = None
@@ -151,7 +220,8 @@ class TransformerDecoderLayer(_Layer):
         encoder_states: Tensor | None = None,
         encoder_bias: Tensor | None = None,
         need_weights: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+        padding: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, RouterReport | None]:
         """One step of the stack.
 
         Args:
@@ -161,9 +231,10 @@ class TransformerDecoderLayer(_Layer):
             encoder_states: (B, S, D'), or None without an encoder.
             encoder_bias: (B, 1, 1, S), hides source padding.
             need_weights: return the cross-attention weights.
+            padding: (B, T), for a mixture of experts.
 
         Returns:
-            (B, T, D), and the weights (B, H, T, S) or None.
+            (B, T, D), the weights (B, H, T, S) or None, and what a mixture of experts reports.
         """
 
         def attend(states: Tensor) -> Tensor:
@@ -174,7 +245,8 @@ class TransformerDecoderLayer(_Layer):
         weights = None
         if encoder_states is not None and self.encoder_attn is not None:
             x, weights = self._cross_attention(x, encoder_states, encoder_bias, need_weights)
-        return self.feed_forward(x), weights
+        x, report = self.feed_forward(x, padding)
+        return x, weights, report
 
     def _cross_attention(
         self, x: Tensor, states: Tensor, bias: Tensor | None, need_weights: bool

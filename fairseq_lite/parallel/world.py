@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fairseq_lite.parallel.groups import Group
+
 ReduceOp = Literal["sum", "max", "min"]
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
@@ -105,6 +107,16 @@ class World(ABC):
         """
 
     @abstractmethod
+    def split(self, groups: tuple[tuple[int, ...], ...]) -> Group:
+        """Divide the ranks into groups; returns this rank's.
+
+        Called on every rank. Dividing them again in the same way forms nothing new.
+
+        Args:
+            groups: each rank is in exactly one of them.
+        """
+
+    @abstractmethod
     def max(self, value: float) -> float:
         """The largest of the ranks' values."""
 
@@ -183,6 +195,9 @@ class SingleWorld(World):
     def gather_aside(self) -> Callable[[Any], list[Any]]:
         return self.gather_objects
 
+    def split(self, groups: tuple[tuple[int, ...], ...]) -> Group:
+        return Group((0,), 0)
+
     def max(self, value: float) -> float:
         return float(value)
 
@@ -215,6 +230,7 @@ class ProcessWorld(World):
 
     def __init__(self, local_rank: int, device: torch.device | str) -> None:
         super().__init__(dist.get_rank(), dist.get_world_size(), local_rank, torch.device(device))
+        self._groups: dict[tuple[tuple[int, ...], ...], Group] = {}
 
     def sum(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
         names = sorted(values)
@@ -279,6 +295,22 @@ class ProcessWorld(World):
     def gather_aside(self) -> Callable[[Any], list[Any]]:
         # gloo even beside NCCL: objects are exchanged on the CPU, and no stream waits for them.
         return partial(_gather_objects, self.size, dist.new_group(backend="gloo"))
+
+    def split(self, groups: tuple[tuple[int, ...], ...]) -> Group:
+        if groups not in self._groups:
+            mine = None
+            for ranks in groups:
+                handle = None
+                if len(ranks) == self.size:
+                    handle = dist.group.WORLD
+                elif len(ranks) > 1:
+                    # Every rank forms every group, as torch demands, those it is not in too.
+                    handle = dist.new_group(list(ranks))
+                if self.rank in ranks:
+                    mine = Group(ranks, self.rank, handle)
+            assert mine is not None, f"rank {self.rank} is in none of {groups}"
+            self._groups[groups] = mine
+        return self._groups[groups]
 
     def max(self, value: float) -> float:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)

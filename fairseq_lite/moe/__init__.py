@@ -1,0 +1,1 @@
+"""Mixtures of experts: who gets which token, the experts themselves, and the layer of both."""
