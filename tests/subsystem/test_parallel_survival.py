@@ -123,6 +123,8 @@ from fairseq_lite.config.core import CommonConfig, DistributedTrainingConfig, Ru
 from fairseq_lite.parallel.launch import launch
 from fairseq_lite_cli.entry import run_command
 
+# A shell that runs the tests in the background has its children ignore this signal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 FOLDER, VICTIM, HOW = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 
 def work(run, world):
