@@ -45,24 +45,18 @@ class Experts(nn.Module):
             mark(module, ExpertShard(expert, layout, factor))
             self.add_module(str(expert), module)
 
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Compute rows, wherever their experts are.
-
-        Args:
-            rows: (N, D), sorted by expert.
-            counts: (E,) int64 on the CPU.
-
-        Returns:
-            (N, D).
-        """
-        return self.exchange.run(rows, counts, self.compute)
-
-    def compute(self, rows: Tensor, counts: list[int]) -> Tensor:
+    def forward(self, rows: Tensor, counts: list[int]) -> Tensor:
         """Run this rank's experts.
+
+        A sharded backend has their weights whole in here, and nowhere else: callers call the module,
+        and nothing outside looks at weights.
 
         Args:
             rows: (N, D), sorted by expert.
             counts: rows of each.
+
+        Returns:
+            (N, D).
         """
         # An expert without a row computes none, too: its gradient is then zero on every rank.
         parts = [

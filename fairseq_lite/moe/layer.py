@@ -54,7 +54,7 @@ class MoELayer(nn.Module):
         counts = routing.report.load.cpu()
         order = experts.argsort(stable=True)[: int(counts.sum())]
         token = order.div(top_k, rounding_mode="floor")
-        rows = self.experts(flat.index_select(0, token), counts)
+        rows = self.experts.exchange.run(flat.index_select(0, token), counts, self.experts)
         weighted = rows * routing.weights.flatten().index_select(0, order)[:, None]
         out = torch.zeros(flat.shape, dtype=weighted.dtype, device=flat.device)
         out = out.index_add(0, token, weighted).to(x.dtype).view_as(x)
