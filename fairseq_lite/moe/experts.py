@@ -48,8 +48,8 @@ class Experts(nn.Module):
     def forward(self, rows: Tensor, counts: list[int]) -> Tensor:
         """Run this rank's experts.
 
-        A sharded backend has their weights whole in here, and nowhere else: callers call the module,
-        and nothing outside looks at weights.
+        A sharded backend has their weights whole in here and nowhere else: callers call the module,
+        and nobody outside looks at weights.
 
         Args:
             rows: (N, D), sorted by expert.
