@@ -36,6 +36,7 @@ from fairseq_lite.models.layers import (
 from fairseq_lite.models.transformer_layers import TransformerDecoderLayer, TransformerEncoderLayer
 from fairseq_lite.models.upgrade import drop_old_final_norm, upgrade_names
 from fairseq_lite.moe.router import RouterReport
+from fairseq_lite.parallel.experts import shared_parameters
 
 
 class _Stack(nn.Module):
@@ -117,9 +118,12 @@ class _Stack(nn.Module):
         return mask if bool(mask.any()) else None
 
     def layers_to_shard(self) -> list[nn.Module]:
-        """The layers with at least `min_params_to_wrap` parameters; all when checkpointed."""
+        """The layers with at least `min_params_to_wrap` parameters; all when checkpointed.
+
+        Experts do not count: ranks may have different numbers of them, and they are split apart.
+        """
         least = 0 if self.cfg.checkpoint_activations else self.cfg.min_params_to_wrap
-        return [m for m in self.layers if sum(p.numel() for p in m.parameters()) >= least]
+        return [m for m in self.layers if sum(p.numel() for p in shared_parameters(m)) >= least]
 
     def _run(self, layer: nn.Module, *args: Any) -> Any:
         checkpoint = self.cfg.checkpoint_activations and self.training

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -18,12 +18,15 @@ from torch import Tensor, nn
 
 from fairseq_lite.config.core import RunConfig
 from fairseq_lite.errors import ConfigError
+from fairseq_lite.parallel.experts import expert_parameters, shared_parameters
+from fairseq_lite.parallel.free import free_running
 from fairseq_lite.parallel.world import World
 from fairseq_lite.registry import Registry
 
 BACKENDS = Registry("distributed backend", "--ddp-backend")
 
 M = TypeVar("M", bound=nn.Module)
+O = TypeVar("O", bound="StatefulOptimizer")
 
 MAIN_PART = "model"
 """The name of the part that is a complete checkpoint by itself."""
@@ -112,6 +115,15 @@ class StatefulOptimizer(Protocol):
 
     def load_state_dict(self, state_dict: Any) -> None: ...
 
+    def update_parts(self, parts: list[Tensor], after_step: Callable[[], None]) -> None:
+        """Update these tensors in place of the parameters, in the same order, from now on.
+
+        Args:
+            parts: what this rank updates of each parameter: a part of it, all or nothing.
+            after_step: called after each step.
+        """
+        ...
+
 
 @runtime_checkable
 class LoadsWeights(Protocol):
@@ -128,6 +140,11 @@ class Backend(ABC):
     The rule that every backend keeps, for dense, sharded and expert parameters alike: after
     `reduce_gradients`, gradients equal those of one process that saw all the data, divided by the
     world size. The trainer multiplies them by `world.size / sample_size`.
+
+    A model may hold experts (`parallel/experts.py`): modules that are on some of the ranks only. To
+    an expert's owners come the tokens of their exchange group, whoever's they are, so its gradients
+    are summed over its replicas and no further, and then divided by the world size like all others.
+    What decides which expert a token goes to is a shared parameter like any other.
 
     The order within an update is: for each batch `accumulate` around forward and `backward`, then
     `reduce_gradients`, then `grad_norm`. Each is called on every rank, the same number of times: a
@@ -173,12 +190,22 @@ class Backend(ABC):
 
         Args:
             build: makes the model. A builder and not a model, so that a backend may shard before
-                memory is allocated.
+                memory is allocated, and so that a rank makes no other experts than its own: a
+                backend calls it inside `spread_over`.
 
         Returns:
             What the trainer calls and whose parameters the optimizer gets. The optimizer must be
             made after this.
         """
+
+    def adapt_optimizer(self, model: nn.Module, optimizer: O) -> O:
+        """The optimizer to train with, for a backend whose ranks update different parts.
+
+        Args:
+            model: what `wrap` returned.
+            optimizer: just made, over the parameters of `model`.
+        """
+        return optimizer
 
     @abstractmethod
     def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
@@ -200,21 +227,37 @@ class Backend(ABC):
     def grad_norm(self, model: nn.Module) -> Tensor:
         """The 2-norm of all gradients: float32, 0-dim, the same number on every rank.
 
-        Each parameter counts once, however many names or replicas it has.
+        Each parameter counts once, however many names or replicas it has, and each expert, whoever
+        has it.
         """
 
     def num_parameters(self, model: nn.Module) -> tuple[int, int]:
-        """How many numbers all parameters have, and those that are trained, over all ranks."""
-        counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        """How many numbers all shared parameters have, and those of them that are trained."""
+        counts = [(p.numel(), p.requires_grad) for p in shared_parameters(model)]
         return sum(n for n, _ in counts), sum(n for n, trained in counts if trained)
 
+    def num_expert_parameters(self, model: nn.Module) -> tuple[int, int]:
+        """The same of the experts of all ranks, each counted once; called on every rank."""
+        return self._of_all_ranks(
+            (p.numel(), p.requires_grad)
+            for p, shard in expert_parameters(model)
+            if shard.layout.replica(self.world.rank) == 0
+        )
+
+    def _of_all_ranks(self, counts: Iterable[tuple[int, bool]]) -> tuple[int, int]:
+        mine = list(counts)
+        trained = sum(n for n, needs_gradient in mine if needs_gradient)
+        summed = self.world.sum({"all": sum(n for n, _ in mine), "trained": trained})
+        return int(summed["all"]), int(summed["trained"])
+
     def whole(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Inside, every rank may call any submodule with whole weights and without collectives.
+        """Inside, every rank may call any submodule with whole weights, without the others.
 
         For validation by generation, in which ranks take different numbers of steps, and export.
-        Entered and left by every rank; nothing is trained inside.
+        Entered and left by every rank; nothing is trained inside, and nothing else is exchanged
+        between ranks. Layers of experts run freely (`parallel/free.py`).
         """
-        return nullcontext()
+        return free_running([model], self.world)
 
     @abstractmethod
     def save_parts(

@@ -11,15 +11,17 @@ all of them lie. The mark is on the module and not on its parameters, which shar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from fairseq_lite.errors import ConfigError
+from fairseq_lite.parallel.groups import Group
 from fairseq_lite.parallel.world import SingleWorld, World
 
 # The attribute of an expert's module that holds its mark.
@@ -121,7 +123,7 @@ class ExpertShard:
 
 @dataclass(frozen=True)
 class Shared:
-    """What `placements` says of a parameter that every rank has: the opposite of an expert's."""
+    """What `placements` says of a tensor that every rank has: the opposite of an expert's."""
 
 
 SHARED = Shared()
@@ -129,7 +131,7 @@ Placement = ExpertShard | Shared
 
 
 def mark(module: nn.Module, shard: ExpertShard) -> None:
-    """Say that all parameters of a module are those of one expert."""
+    """Say that all tensors of a module are those of one expert."""
     setattr(module, _MARK, shard)
 
 
@@ -142,12 +144,19 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, ExpertSha
 
 
 def placements(model: nn.Module) -> dict[str, Placement]:
-    """Of every parameter, by name, whether it is shared or which expert's it is."""
-    found: dict[str, Placement] = {name: SHARED for name, _ in model.named_parameters()}
-    for prefix, module, shard in expert_modules(model):
-        for name, _ in module.named_parameters():
-            found[f"{prefix}.{name}"] = shard
-    return found
+    """Of every tensor of a model's state, by name, whether it is shared or which expert's it is."""
+    marks = {name: shard for name, _, shard in expert_modules(model)}
+
+    def of(name: str) -> Placement:
+        path = name
+        while path:
+            path = path.rpartition(".")[0]
+            if path in marks:
+                return marks[path]
+        return SHARED
+
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: of(name) for name in (*model.state_dict(), *(name for name, _ in named))}
 
 
 def has_experts(model: nn.Module) -> bool:
@@ -155,20 +164,105 @@ def has_experts(model: nn.Module) -> bool:
     return next(expert_modules(model), None) is not None
 
 
+def shared_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that every rank has, each once."""
+    own = {id(param) for param, _ in expert_parameters(model)}
+    return [param for param in model.parameters() if id(param) not in own]
+
+
+def expert_parameters(model: nn.Module) -> list[tuple[nn.Parameter, ExpertShard]]:
+    """The parameters of this rank's experts, each once, with their marks."""
+    return [(p, shard) for _, module, shard in expert_modules(model) for p in module.parameters()]
+
+
+def replicas_of(
+    model: nn.Module, world: World
+) -> list[tuple[Group, list[tuple[nn.Module, ExpertShard]]]]:
+    """This rank's experts by the ranks that own them too; called on every rank."""
+    found: dict[Group, list[tuple[nn.Module, ExpertShard]]] = {}
+    for _, module, shard in expert_modules(model):
+        group = world.split(shard.layout.replica_groups())
+        found.setdefault(group, []).append((module, shard))
+    return list(found.items())
+
+
+def stores(model: nn.Module) -> list[tuple[str, nn.Module, ExpertShard]]:
+    """The modules whose children are a layer's experts on this rank: what layers call as a whole.
+
+    Returns:
+        Of each its name, itself and the mark of its first expert.
+
+    Raises:
+        ConfigError: one has other parameters, too.
+    """
+    modules = dict(model.named_modules())
+    found: dict[str, ExpertShard] = {}
+    for name, _, shard in expert_modules(model):
+        found.setdefault(name.rpartition(".")[0], shard)
+    for name in found:
+        if shared_parameters(modules[name]):
+            raise ConfigError(
+                f"{name or 'the model'} has parameters beside those of its experts, and this "
+                "--ddp-backend splits it as a whole: put the experts into a module of their own, "
+                "or use --ddp-backend legacy_ddp"
+            )
+    return [(name, modules[name], shard) for name, shard in found.items()]
+
+
+# -- what a run will have ---------------------------------------------------------------------
+
+
+@runtime_checkable
+class NamesExperts(Protocol):
+    """The configuration of a model that may have experts."""
+
+    def experts_to_spread(self) -> tuple[int, int | None] | None:
+        """The experts of a layer and the size of an exchange group that the flags say (or None).
+
+        None where the flags ask for no experts.
+
+        Raises:
+            ConfigError: the flags do not fit together.
+        """
+        ...
+
+
+def planned_layout(model_config: Any, world_size: int) -> ExpertLayout | None:
+    """Where the experts of a model will be; None of a model without.
+
+    Args:
+        model_config: of the architecture.
+        world_size: W.
+
+    Raises:
+        ConfigError: they cannot be spread like that.
+    """
+    if not isinstance(model_config, NamesExperts):
+        return None
+    named = model_config.experts_to_spread()
+    return None if named is None else ExpertLayout.of(named[0], world_size, named[1])
+
+
 # -- where a model that is being built will be ------------------------------------------------
+
+
+Aside = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
 class _Site:
     world: World
     regroup: bool
+    aside: Aside
 
 
 _SITE: ContextVar[_Site | None] = ContextVar("site", default=None)
 
 
 @contextmanager
-def spread_over(world: World, *, regroup: bool = False) -> Iterator[None]:
+def spread_over(
+    world: World, *, regroup: bool = False, aside: Aside = nullcontext
+) -> Iterator[None]:
     """Models built inside have only those experts in memory that this rank owns.
 
     Without it they have all: a model built outside is one process's.
@@ -177,8 +271,10 @@ def spread_over(world: World, *, regroup: bool = False) -> Iterator[None]:
         world: the ranks. All of them build the same model.
         regroup: choose the groups anew and do not heed the size that the model's flags say: the
             model was trained on other ranks.
+        aside: the context in which an expert is made, for a backend that only notes how the rest
+            of the model is.
     """
-    token = _SITE.set(_Site(world, regroup))
+    token = _SITE.set(_Site(world, regroup, aside))
     try:
         yield
     finally:
@@ -201,7 +297,7 @@ def site(num_experts: int, group_size: int | None = None) -> tuple[World, Expert
 
 @contextmanager
 def drawn_for(name: str, expert: int) -> Iterator[None]:
-    """Random numbers inside are an expert's own: they depend on --seed, the layer and its number.
+    """What is made inside is an expert's; its random numbers depend on --seed, layer and number.
 
     So experts start different from each other, the same on any number of ranks, and everything that
     is drawn later is what it would be without them.
@@ -210,8 +306,14 @@ def drawn_for(name: str, expert: int) -> Iterator[None]:
         name: the layer's.
         expert: its number.
     """
-    base = torch.initial_seed()
-    digest = sum(ord(c) * pow(131, i, 1 << 61) for i, c in enumerate(f"{name}/{expert}"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed((base * 1_000_003 + digest) % (1 << 63))
-        yield
+    here = _SITE.get()
+    generator = torch.default_generator
+    with (nullcontext if here is None else here.aside)():
+        before = generator.get_state()
+        digest = sum(ord(c) * pow(131, i, 1 << 61) for i, c in enumerate(f"{name}/{expert}"))
+        # Of the CPU alone, where models are built: torch.manual_seed would seed GPUs, too.
+        generator.manual_seed((generator.initial_seed() * 1_000_003 + digest) % (1 << 63))
+        try:
+            yield
+        finally:
+            generator.set_state(before)

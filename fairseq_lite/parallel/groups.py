@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-ReduceOps = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+ReduceOp = Literal["sum", "max", "min"]
+REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
 class Group:
@@ -34,10 +36,23 @@ class Group:
         """How many ranks there are."""
         return len(self.ranks)
 
-    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = "sum") -> Tensor:
         """Combine `tensor` over the group, in place, and return it."""
         if self.size > 1:
-            dist.all_reduce(tensor, ReduceOps[op], group=self.handle)
+            dist.all_reduce(tensor, REDUCE_OPS[op], group=self.handle)
+        return tensor
+
+    def all_reduce_start(self, tensor: Tensor) -> Callable[[], object]:
+        """Begin to sum `tensor` in place; call what is returned to wait for the end."""
+        if self.size == 1:
+            return _nothing
+        wait: Callable[[], object] = dist.all_reduce(tensor, group=self.handle, async_op=True).wait
+        return wait
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Overwrite `tensor` with that of the first of the group's ranks, and return it."""
+        if self.size > 1:
+            dist.broadcast(tensor, self.ranks[0], group=self.handle)
         return tensor
 
     def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
@@ -64,3 +79,7 @@ class Group:
         out = torch.empty_like(tensor)
         dist.all_to_all_single(out, tensor.contiguous(), group=self.handle)
         return out
+
+
+def _nothing() -> None:
+    pass

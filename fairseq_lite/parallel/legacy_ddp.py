@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -28,6 +29,14 @@ from fairseq_lite.parallel.api import (
     PartReader,
     StatefulOptimizer,
 )
+from fairseq_lite.parallel.experts import (
+    expert_modules,
+    expert_parameters,
+    has_experts,
+    replicas_of,
+    shared_parameters,
+    spread_over,
+)
 from fairseq_lite.parallel.local import norm_of
 from fairseq_lite.parallel.plan import common_reasons
 from fairseq_lite.parallel.shards import pieces
@@ -39,6 +48,20 @@ BUCKET_ELEMENTS = 1 << 24
 BUCKETS_IN_FLIGHT = 3
 
 T = TypeVar("T", bound=Tensor)
+
+
+class _Sum(NamedTuple):
+    """Parameters whose gradients are added up over the same ranks.
+
+    Attributes:
+        params: them.
+        start: begins to sum a tensor over these ranks.
+        factor: what gradients are multiplied by.
+    """
+
+    params: list[nn.Parameter]
+    start: Callable[[Tensor], Callable[[], object]]
+    factor: float
 
 
 class _Sent(NamedTuple):
@@ -58,10 +81,15 @@ class LegacyDDP(Backend):
         return common_reasons(run, machine or Machine.here())
 
     def wrap(self, build: Callable[[], M]) -> M:
-        model = build().to(self.world.device)
+        with spread_over(self.world):
+            model = build().to(self.world.device)
         if self.world.size > 1:
             # Ranks seed alike, but a plugin may not; and a restored rank 0 is the one that counts.
-            self._broadcast(tensor.data for tensor in _tensors(model))
+            self._broadcast(tensor.data for tensor in _shared_tensors(model))
+            for group, experts in replicas_of(model, self.world):
+                if group.size > 1:
+                    tensors = chain.from_iterable(_tensors(module) for module, _ in experts)
+                    _overwrite((tensor.data for tensor in tensors), group.broadcast)
         return model
 
     def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
@@ -73,26 +101,43 @@ class LegacyDDP(Backend):
     def reduce_gradients(self, model: nn.Module) -> None:
         if self.world.size == 1:
             return
-        params = [p for p in model.parameters() if p.requires_grad]
         in_flight: deque[_Sent] = deque()
-        for bucket in _buckets(params):
-            in_flight.append(self._start(bucket))
-            if len(in_flight) == BUCKETS_IN_FLIGHT:
-                self._finish(in_flight.popleft())
+        for summed in self._sums(model):
+            for bucket in _buckets(p for p in summed.params if p.requires_grad):
+                in_flight.append(self._start(bucket, summed))
+                if len(in_flight) == BUCKETS_IN_FLIGHT:
+                    self._finish(in_flight.popleft())
         while in_flight:
             self._finish(in_flight.popleft())
 
-    def _start(self, bucket: list[nn.Parameter]) -> _Sent:
-        """Send one buffer: the gradients divided by the world size, then a 1 for each that exists.
+    def _sums(self, model: nn.Module) -> Iterator[_Sum]:
+        """What is added up over which ranks, in the same order on all of them."""
+        yield _Sum(shared_parameters(model), self.world.all_reduce_start, 1 / self.world.size)
+        for group, experts in replicas_of(model, self.world):
+            by_factor: dict[float, list[nn.Parameter]] = {}
+            for module, shard in experts:
+                factor = shard.gradient_factor / self.world.size
+                by_factor.setdefault(factor, []).extend(module.parameters())
+            for factor, params in by_factor.items():
+                if group.size > 1:
+                    yield _Sum(params, group.all_reduce_start, factor)
+                else:  # nobody else has them: nothing needs to go into a buffer
+                    grads = [p.grad for p in params if p.grad is not None]
+                    if grads:
+                        torch._foreach_mul_(grads, factor)
 
-        Dividing first keeps a half precision sum in range.
+    def _start(self, bucket: list[nn.Parameter], summed: _Sum) -> _Sent:
+        """Send one buffer: the gradients times a factor, then a 1 for each that exists.
+
+        Multiplying first keeps a half precision sum in range.
         """
+        exist = bucket[0].new_tensor([float(p.grad is not None) for p in bucket])
         flat = torch.cat(
             [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in bucket]
-            + [bucket[0].new_tensor([float(p.grad is not None) for p in bucket])]
+            + [exist]
         )
-        flat.div_(self.world.size)
-        return _Sent(bucket, flat, self.world.all_reduce_start(flat))
+        flat.mul_(summed.factor)
+        return _Sent(bucket, flat, summed.start(flat))
 
     def _finish(self, sent: _Sent) -> None:
         sent.wait()
@@ -108,8 +153,18 @@ class LegacyDDP(Backend):
             param.grad = piece.view_as(param) if count > 0 else None
 
     def grad_norm(self, model: nn.Module) -> Tensor:
-        # Gradients are equal on all ranks by now, to the bit, so no rank needs to ask.
-        return local_norm(model.parameters(), self.world.device)
+        # Gradients of shared parameters are equal on all ranks by now, to the bit: no rank asks.
+        norm = local_norm(shared_parameters(model), self.world.device)
+        if not has_experts(model):
+            return norm
+        # In float64, where the square of a float32 does not overflow. A replica counts in part.
+        by_replicas: dict[int, list[nn.Parameter]] = {}
+        for param, shard in expert_parameters(model):
+            by_replicas.setdefault(shard.layout.replicas, []).append(param)
+        square = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for replicas, params in by_replicas.items():
+            square += local_norm(params, self.world.device).double().square() / replicas
+        return (norm.double().square() + self.world.all_reduce(square)).sqrt().float()
 
     def save_parts(
         self,
@@ -161,11 +216,16 @@ class LegacyDDP(Backend):
         """Overwrite the tensors with rank 0's, in large buffers."""
         if self.world.size == 1:
             return
-        for bucket in _buckets(tensors):
-            flat = self.world.broadcast(torch.cat([t.flatten() for t in bucket]))
-            split = torch.split(flat, [t.numel() for t in bucket])
-            for tensor, piece in zip(bucket, split, strict=True):
-                tensor.copy_(piece.view_as(tensor))
+        _overwrite(tensors, self.world.broadcast)
+
+
+def _overwrite(tensors: Iterable[Tensor], receive: Callable[[Tensor], Tensor]) -> None:
+    """Overwrite tensors, in large buffers, with what `receive` makes of a buffer on every rank."""
+    for bucket in _buckets(tensors):
+        flat = receive(torch.cat([t.flatten() for t in bucket]))
+        split = torch.split(flat, [t.numel() for t in bucket])
+        for tensor, piece in zip(bucket, split, strict=True):
+            tensor.copy_(piece.view_as(tensor))
 
 
 def local_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
@@ -182,6 +242,12 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
     """Every parameter and buffer once."""
     yield from model.parameters()
     yield from model.buffers()
+
+
+def _shared_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Those that every rank has."""
+    own = {id(t) for _, expert, _ in expert_modules(model) for t in _tensors(expert)}
+    return (tensor for tensor in _tensors(model) if id(tensor) not in own)
 
 
 def _buckets(tensors: Iterable[T]) -> Iterator[list[T]]:

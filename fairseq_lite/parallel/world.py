@@ -10,21 +10,18 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fairseq_lite.parallel.groups import Group
+from fairseq_lite.parallel.groups import REDUCE_OPS, Group, ReduceOp
 
-ReduceOp = Literal["sum", "max", "min"]
-_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-
-# The block that `ProcessWorld.sum` always exchanges: four numbers that tell whether all ranks hold
-# the same names, then room for as many values as training logs in practice.
+# The block that `ProcessWorld.sum` exchanges: four numbers that tell whether all ranks hold the
+# same names, then room for values: so many at first, later as many as all ranks have had before.
 _HEADER = 4
-_BLOCK = 64
+_ROOM = 60
 
 
 class World(ABC):
@@ -51,15 +48,15 @@ class World(ABC):
         return self.rank == 0
 
     @abstractmethod
-    def sum(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
+    def sum(self, values: Mapping[str, float | Tensor]) -> dict[str, Any]:
         """Add up a dictionary of numbers over all ranks, in float64 and in one collective.
 
         Args:
-            values: numbers or tensors of one element, on any device. Ranks may hold different
-                names; a name counts as zero where it is missing.
+            values: numbers, tensors of one element or vectors, on any device. Ranks may hold
+                different names; a name counts as zero where it is missing.
 
         Returns:
-            The sums, the same on every rank.
+            The sums, the same on every rank: floats, and vectors (float64, on the CPU).
         """
 
     @abstractmethod
@@ -100,10 +97,13 @@ class World(ABC):
         """
 
     @abstractmethod
-    def gather_aside(self) -> Callable[[Any], list[Any]]:
+    def gather_aside(self, *, main_only: bool = False) -> Callable[[Any], list[Any]]:
         """A `gather_objects` that another thread may call while this one exchanges other things.
 
         Called on every rank; each call forms a new group.
+
+        Args:
+            main_only: rank 0 alone gets the objects, the others an empty list.
         """
 
     @abstractmethod
@@ -163,9 +163,10 @@ class SingleWorld(World):
     def __init__(self, device: torch.device | str = "cpu") -> None:
         super().__init__(0, 1, 0, torch.device(device))
         self._formed = False
+        self._group = Group((0,), 0)
 
-    def sum(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
-        return dict(zip(values, _to_block(values.values(), self.device).tolist(), strict=True))
+    def sum(self, values: Mapping[str, float | Tensor]) -> dict[str, Any]:
+        return _from_block(values, _to_block(values.values(), self.device).cpu())
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp = "sum") -> Tensor:
         return tensor
@@ -192,11 +193,11 @@ class SingleWorld(World):
         assert tensors is not None
         return out.copy_(tensors[0])
 
-    def gather_aside(self) -> Callable[[Any], list[Any]]:
+    def gather_aside(self, *, main_only: bool = False) -> Callable[[Any], list[Any]]:
         return self.gather_objects
 
     def split(self, groups: tuple[tuple[int, ...], ...]) -> Group:
-        return Group((0,), 0)
+        return self._group
 
     def max(self, value: float) -> float:
         return float(value)
@@ -231,40 +232,44 @@ class ProcessWorld(World):
     def __init__(self, local_rank: int, device: torch.device | str) -> None:
         super().__init__(dist.get_rank(), dist.get_world_size(), local_rank, torch.device(device))
         self._groups: dict[tuple[tuple[int, ...], ...], Group] = {}
+        self._room = _ROOM
 
-    def sum(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
-        names = sorted(values)
-        numbers = _to_block([values[name] for name in names], self.device)
-        room = _BLOCK - _HEADER
-        block = torch.zeros(_BLOCK, dtype=torch.float64, device=self.device)
+    def sum(self, values: Mapping[str, float | Tensor]) -> dict[str, Any]:
+        mine = {name: values[name] for name in sorted(values)}
+        numbers = _to_block(mine.values(), self.device)
+        room, size = self._room, numbers.numel()
+        block = torch.zeros(_HEADER + room, dtype=torch.float64, device=self.device)
         # Two digests of 16 bits: the sums of their squares stay exact in a float64.
-        low, high = divmod(zlib.crc32("\0".join(names).encode()), 1 << 16)
+        names = "\0".join(f"{name} {_size(value)}" for name, value in mine.items())
+        low, high = divmod(zlib.crc32(names.encode()), 1 << 16)
         header = [low, low * low, high, high * high]
         block[:_HEADER] = torch.tensor(header, dtype=torch.float64)
-        block[_HEADER : _HEADER + min(len(names), room)] = numbers[:room]
+        block[_HEADER : _HEADER + min(size, room)] = numbers[:room]
         dist.all_reduce(block)
-        summed: list[float] = block.tolist()
-        low, low2, high, high2 = (int(x) for x in summed[:_HEADER])
+        summed = block.cpu()
+        low, low2, high, high2 = (int(x) for x in summed[:_HEADER].tolist())
         # By Cauchy-Schwarz these are equal only if all digests are; and as only sums are compared,
         # all ranks take the same branch.
         if self.size * low2 != low * low or self.size * high2 != high * high:
-            return self._sum_by_name(dict(zip(names, numbers.tolist(), strict=True)))
-        result = summed[_HEADER : _HEADER + min(len(names), room)]
-        if len(names) > room:
-            result += self.all_reduce(numbers[room:].contiguous()).tolist()
-        by_name = dict(zip(names, result, strict=True))
+            return self._sum_by_name(_from_block(mine, numbers.cpu()))
+        result = summed[_HEADER : _HEADER + min(size, room)]
+        if size > room:
+            rest = self.all_reduce(numbers[room:].contiguous())
+            result = torch.cat([result, rest.cpu()])
+            self._room = size  # on all ranks: they have just agreed upon the names
+        by_name = _from_block(mine, result)
         return {name: by_name[name] for name in values}  # in the caller's order
 
-    def _sum_by_name(self, values: dict[str, float]) -> dict[str, float]:
+    def _sum_by_name(self, values: dict[str, Any]) -> dict[str, Any]:
         """The way for ranks that hold different names, for example without a batch."""
-        sums: dict[str, float] = {}
+        sums: dict[str, Any] = {}
         for each in self.gather_objects(values):
             for name, value in each.items():
                 sums[name] = sums.get(name, 0.0) + value
         return sums
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp = "sum") -> Tensor:
-        dist.all_reduce(tensor, _OPS[op])
+        dist.all_reduce(tensor, REDUCE_OPS[op])
         return tensor
 
     def all_reduce_start(self, tensor: Tensor) -> Callable[[], object]:
@@ -292,9 +297,12 @@ class ProcessWorld(World):
         dist.scatter(out, None if tensors is None else list(tensors))
         return out
 
-    def gather_aside(self) -> Callable[[Any], list[Any]]:
+    def gather_aside(self, *, main_only: bool = False) -> Callable[[Any], list[Any]]:
         # gloo even beside NCCL: objects are exchanged on the CPU, and no stream waits for them.
-        return partial(_gather_objects, self.size, dist.new_group(backend="gloo"))
+        group = dist.new_group(backend="gloo")
+        if main_only:
+            return partial(_gather_on_main, self.size if self.is_main else 0, group)
+        return partial(_gather_objects, self.size, group)
 
     def split(self, groups: tuple[tuple[int, ...], ...]) -> Group:
         if groups not in self._groups:
@@ -334,23 +342,47 @@ def _gather_objects(size: int, group: dist.ProcessGroup | None, obj: Any) -> lis
     return box
 
 
+def _gather_on_main(size: int, group: dist.ProcessGroup, obj: Any) -> list[Any]:
+    """The objects of all ranks on rank 0; `size` is 0 on the others, which get nothing."""
+    box: list[Any] = [None] * size
+    dist.gather_object(obj, box if size else None, dst=0, group=group)
+    return box
+
+
 def _nothing() -> None:
     pass
 
 
 def _to_block(values: Any, device: torch.device) -> Tensor:
-    """Numbers and one-element tensors as one float64 tensor on `device`, without a sync each."""
+    """Numbers and vectors end to end as one float64 tensor on `device`, without a sync each."""
     items: Sequence[float | Tensor] = list(values)
-    block = torch.tensor(
-        [0.0 if isinstance(x, Tensor) else float(x) for x in items], dtype=torch.float64
+    if not items:
+        return torch.empty(0, dtype=torch.float64, device=device)
+    plain = torch.tensor(
+        [float(x) for x in items if not isinstance(x, Tensor)], dtype=torch.float64
     ).to(device)
-    tensors = {i: x for i, x in enumerate(items) if isinstance(x, Tensor)}
-    if tensors:
-        stacked = torch.stack(
-            [x.detach().reshape(()).to(device, torch.float64) for x in tensors.values()]
-        )
-        block[torch.tensor(list(tensors), device=device)] = stacked
-    return block
+    numbers = iter(plain.split(1) if plain.numel() else ())
+    return torch.cat(
+        [
+            x.detach().reshape(-1).to(device, torch.float64)
+            if isinstance(x, Tensor)
+            else next(numbers)
+            for x in items
+        ]
+    )
+
+
+def _size(value: float | Tensor) -> int:
+    return value.numel() if isinstance(value, Tensor) else 1
+
+
+def _from_block(like: Mapping[str, float | Tensor], block: Tensor) -> dict[str, Any]:
+    """The numbers of a block on the CPU by name: floats, and vectors where `like` has some."""
+    pieces = block.split([_size(value) for value in like.values()])
+    return {
+        name: piece.item() if piece.numel() == 1 else piece
+        for name, piece in zip(like, pieces, strict=True)
+    }
 
 
 class _Slot:
