@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -71,6 +71,7 @@ class Optimizer(ABC):
         self.hyper: dict[str, Any] = hyper
         self.state: dict[Tensor, dict[str, Any]] = {}
         self._factor: float | Tensor | None = None  # waits for step(), which multiplies anyway
+        self._after_step: Callable[[], None] | None = None
 
     @abstractmethod
     def update(
@@ -97,6 +98,19 @@ class Optimizer(ABC):
                 states = [self._state_of(p) for p in params]
                 self._step([local(p) for p in params], grads, states)
         self._factor = None
+        if self._after_step is not None:
+            self._after_step()
+
+    def update_parts(self, parts: list[Tensor], after_step: Callable[[], None]) -> None:
+        """Update these tensors in place of the parameters, in the same order, from now on.
+
+        Args:
+            parts: what this rank updates of each parameter: a part of it, all or nothing. They
+                share memory with the parameters; gradients are expected on them.
+            after_step: called after each step.
+        """
+        assert len(parts) == len(self.params) and not self.state, "before the first update"
+        self.params, self._after_step = parts, after_step
 
     def _step(
         self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
