@@ -41,6 +41,7 @@ def launch(
     run: RunConfig,
     *,
     setup: Callable[[], object] | None = None,
+    if_asked: bool = False,
 ) -> None:
     """Run `fn(run, world)` in every process of the run.
 
@@ -52,13 +53,19 @@ def launch(
         run: the configuration; it travels to every process.
         setup: called first in every process started here, before the plugin of --user-dir is
             imported: `load_builtins`.
+        if_asked: see `plan`.
 
     Raises:
         ConfigError: the flags, the environment and the machine do not fit together.
         DistributedError: a rank died or froze; the message names it. All others have ended.
         FliteError: what a rank raised.
     """
-    found = plan(run.distributed_training, cpu=run.common.cpu, machine=Machine.here())
+    found = plan(
+        run.distributed_training,
+        cpu=run.common.cpu,
+        machine=Machine.here(),
+        if_asked=if_asked,
+    )
     if found.size == 1:
         world = SingleWorld(_device(found, 0))
         try:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from fairseq_lite.config.core import DistributedTrainingConfig, RunConfig
 from fairseq_lite.errors import ConfigError
 from fairseq_lite.parallel.api import Machine
+from fairseq_lite.parallel.experts import planned_layout
 
 # Below the range from which systems give out ports of their own (Linux: 32768).
 _SLURM_PORTS = range(10000, 30000)
@@ -63,18 +64,24 @@ class Plan:
         return self.spawn and self.processes == self.size
 
 
-def plan(cfg: DistributedTrainingConfig, *, cpu: bool, machine: Machine) -> Plan:
+def plan(
+    cfg: DistributedTrainingConfig, *, cpu: bool, machine: Machine, if_asked: bool = False
+) -> Plan:
     """Decide which processes a run has.
 
     Args:
         cfg: the distributed flags.
         cpu: --cpu.
         machine: its GPUs and the environment.
+        if_asked: one process unless flags or a launcher say otherwise, on a machine of several GPUs
+            and in Slurm's batch script too: evaluation.
 
     Raises:
         ConfigError: flags that contradict each other, the environment or the machine.
     """
     gpus = 0 if cpu else machine.cuda_devices
+    if if_asked and not _asks(cfg, machine.environ):
+        cfg = replace(cfg, distributed_world_size=1)
     if cfg.distributed_init_method is not None and cfg.distributed_init_method != "env://":
         found = _from_method(cfg, cfg.distributed_init_method, gpus)
     elif "RANK" in machine.environ and "WORLD_SIZE" in machine.environ:
@@ -91,15 +98,28 @@ def plan(cfg: DistributedTrainingConfig, *, cpu: bool, machine: Machine) -> Plan
     return _on_devices(found, cfg, gpus)
 
 
+def _asks(cfg: DistributedTrainingConfig, environ: Mapping[str, str]) -> bool:
+    """Whether flags or a launcher speak of processes."""
+    if cfg.distributed_init_method is not None or {"RANK", "WORLD_SIZE"} <= environ.keys():
+        return True
+    if _slurm_tasks(environ) > 1 and _SLURM_STEP & environ.keys():
+        return True
+    return cfg.distributed_world_size is not None or cfg.distributed_num_procs is not None
+
+
 def common_reasons(run: RunConfig, machine: Machine) -> list[str]:
     """Why no backend at all could do `run` on `machine`: one line each."""
-    reasons = []
-    common = run.common
     try:
-        plan(run.distributed_training, cpu=common.cpu, machine=machine)
+        found = plan(run.distributed_training, cpu=run.common.cpu, machine=machine)
+        layout = planned_layout(run.model.config, found.size)
     except ConfigError as e:
-        reasons.append(str(e))
-    return reasons
+        return [str(e)]
+    if layout is not None and found.size > 1 and run.optimizer.name == "lamb":
+        return [
+            "--optimizer lamb clips by the gradients of one process, and experts are spread over "
+            f"{found.size}: use --optimizer adam"
+        ]
+    return []
 
 
 def _from_method(cfg: DistributedTrainingConfig, method: str, gpus: int) -> Plan:
