@@ -9,10 +9,15 @@ from typing import Any
 import torch
 
 from fairseq_lite.config.core import RunConfig
+from fairseq_lite.criteria.api import CRITERIA
 from fairseq_lite.errors import ConfigError
+from fairseq_lite.models.api import ARCHITECTURES
 from fairseq_lite.optim.api import OPTIMIZERS, SCHEDULES
 from fairseq_lite.optim.precision import make_precision
-from fairseq_lite.parallel.api import BACKENDS
+from fairseq_lite.parallel.api import BACKENDS, Machine
+from fairseq_lite.parallel.experts import has_experts
+from fairseq_lite.parallel.plan import plan
+from fairseq_lite.parallel.shards import sets
 from fairseq_lite.parallel.world import World
 from fairseq_lite.tasks.api import Task
 from fairseq_lite.training import compilation
@@ -36,14 +41,27 @@ def check(run: RunConfig) -> None:
     if run.dataset.disable_validation and run.checkpoint.patience > 0:
         raise ConfigError("--patience needs validation: leave out --disable-validation")
     suffix = run.checkpoint.checkpoint_suffix
-    if re.search(r"-shard\d+$", suffix):
+    if re.search(rf"-({sets.PATTERN})$", suffix):
         raise ConfigError(
-            f"--checkpoint-suffix {suffix}: is the end of a shard's name, and what training writes "
-            "would pass for one: leave it out, shards are found without it"
+            f"--checkpoint-suffix {suffix}: is the end of a part's name, and what training writes "
+            "would pass for one: leave it out, parts are found without it"
         )
+    _check_entries(run)
     backend: Any = BACKENDS.get(run.ddp_backend.name or "legacy_ddp").factory
     backend.check(run)
     compilation.check(run)
+
+
+def _check_entries(run: RunConfig) -> None:
+    """Ask the architecture and the criterion, if they have a say, what cannot work.
+
+    That is a class method `check_run(run, world_size)`, which raises a ConfigError.
+    """
+    for registry, choice in ((ARCHITECTURES, run.model), (CRITERIA, run.criterion)):
+        factory: Any = registry.get(choice.name).factory if choice.name is not None else None
+        if hasattr(factory, "check_run"):
+            found = plan(run.distributed_training, cpu=run.common.cpu, machine=Machine.here())
+            factory.check_run(run, found.size)
 
 
 def build_trainer(run: RunConfig, world: World, task: Task) -> Trainer:
@@ -69,16 +87,30 @@ def build_trainer(run: RunConfig, world: World, task: Task) -> Trainer:
         )
     model = backend.wrap(lambda: task.build_model(run.model))
     logger.info("%s", model)
+    criterion.check(model)
+    if has_experts(model) and not criterion.balances_experts:
+        logger.warning(
+            "--criterion %s does not keep the model's experts in use: moe_cross_entropy and "
+            "moe_label_smoothed_cross_entropy do",
+            run.criterion.name,
+        )
     if run.optimization.compile:
         compilation.compile_layers(model)
     for label, thing in (("task", task), ("model", model), ("criterion", criterion)):
         logger.info("%s: %s", label, type(thing).__name__)
-    total, trained = backend.num_parameters(model)
-    logger.info("num. shared model params: %s (num. trained: %s)", f"{total:,}", f"{trained:,}")
-    logger.info("num. expert model params: 0 (num. trained: 0)")
+    for kind, (total, trained) in (
+        ("shared", backend.num_parameters(model)),
+        ("expert", backend.num_expert_parameters(model)),
+    ):
+        logger.info(
+            "num. %s model params: %s (num. trained: %s)", kind, f"{total:,}", f"{trained:,}"
+        )
     params = [p for part in (model, criterion) for p in part.parameters() if p.requires_grad]
-    optimizer = OPTIMIZERS.get(str(run.optimizer.name)).factory(
-        params, run.optimizer.config, lr=run.optimization.lr[0]
+    optimizer = backend.adapt_optimizer(
+        model,
+        OPTIMIZERS.get(str(run.optimizer.name)).factory(
+            params, run.optimizer.config, lr=run.optimization.lr[0]
+        ),
     )
     logger.info("training on %d devices (%s)", world.size, world.device.type)
     logger.info(

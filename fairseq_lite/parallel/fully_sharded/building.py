@@ -2,18 +2,24 @@
 
 The weights are those of an unsharded build from rank 0's random generator, so sharding a model
 changes no number of it. In memory at once are a rank's own parts and, on rank 0, one tensor.
+
+Experts are no part of this: no two ranks have the same ones, and each has generators of its own, so
+a rank makes its own at once, while the rest of the model is only noted (`building_on`).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fairseq_lite.errors import ConfigError
+from fairseq_lite.parallel.experts import expert_modules, replicas_of, spread_over
 from fairseq_lite.parallel.fully_sharded.deferred import (
     CannotDeferError,
     Recording,
@@ -72,7 +78,17 @@ class Unmade(Generic[M]):
 
     @classmethod
     def of(cls, build: Callable[[], M], world: World) -> Unmade[M]:
-        """Build a model without its memory; where that cannot be, in host memory. All ranks."""
+        """Build a model without its memory; where that cannot be, in host memory. All ranks.
+
+        Experts are in host memory, those of this rank, and equal on all of their owners.
+        """
+        with building_on(world):
+            unmade = cls._of(build, world)
+        _agree_on_experts(unmade.model, world)
+        return unmade
+
+    @classmethod
+    def _of(cls, build: Callable[[], M], world: World) -> Unmade[M]:
         why = None
         try:
             model, recording = Recording.of(build)
@@ -91,7 +107,7 @@ class Unmade(Generic[M]):
         return cls(build(), None, world)
 
     def make(self, device: torch.device | str) -> None:
-        """Give every tensor its memory and content; all ranks take part.
+        """Give every tensor its memory and content, but for experts; all ranks take part.
 
         Args:
             device: where parameters are kept; buffers are always on the world's device.
@@ -201,10 +217,31 @@ class Unmade(Generic[M]):
             )
 
 
+def building_on(world: World) -> AbstractContextManager[None]:
+    """Where a model is built: a rank's experts are made, whatever happens to the rest."""
+    return spread_over(world, aside=_disable_current_modes)
+
+
+@torch.no_grad()
+def _agree_on_experts(model: nn.Module, world: World) -> None:
+    """Give all owners of an expert the same numbers: ranks seed alike, but a plugin may not."""
+    for group, experts in replicas_of(model, world):
+        if group.size > 1:
+            for module, _ in experts:
+                for tensor in (*module.parameters(), *module.buffers()):
+                    tensor.copy_(group.broadcast(tensor.to(world.device)))
+
+
 def _tensors_of(model: nn.Module) -> list[_Tensor]:
-    """Every tensor of a model once: parameters, buffers, and attributes without content."""
+    """Every tensor of a model once: parameters, buffers, and attributes without content.
+
+    Those of experts are left out.
+    """
     found: dict[int, _Tensor] = {}
+    experts = {part for _, expert, _ in expert_modules(model) for part in expert.modules()}
     for module in model.modules():
+        if module in experts:
+            continue
         attributes = {k: v for k, v in vars(module).items() if isinstance(v, Tensor) and is_fake(v)}
         for tensors, names in (
             (module._parameters, module._parameters),

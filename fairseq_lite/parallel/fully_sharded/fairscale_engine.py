@@ -10,6 +10,7 @@ by itself, so here is different:
   its layer: Adam's averages fade and weight decay pulls at it. A layer that was not used at all is
   an error, hence no `--encoder-layerdrop`.
 - A layer is trained as a whole or not at all, and tensors that are shared lie in one layer.
+- The experts of a layer lie in a row of their own, which their owners share.
 - It needs a GPU: fairscale's streams are CUDA's.
 """
 
@@ -29,6 +30,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from fairseq_lite.config.core import RunConfig
 from fairseq_lite.errors import TrainingError
 from fairseq_lite.parallel.api import M, Machine, PartReader, StatefulOptimizer
+from fairseq_lite.parallel.experts import ExpertShard, stores
+from fairseq_lite.parallel.free import free_running
 from fairseq_lite.parallel.fully_sharded.building import Unmade
 from fairseq_lite.parallel.fully_sharded.choice import (
     WHOLE_TENSOR_OPTIMIZERS,
@@ -43,12 +46,14 @@ from fairseq_lite.parallel.fully_sharded.fairscale_model import (
     Unit,
     aliases_of,
     check_rows,
+    clean,
     gather,
     put_in_place,
     split,
 )
 from fairseq_lite.parallel.plan import common_reasons
 from fairseq_lite.parallel.shards import exchange as shards
+from fairseq_lite.parallel.shards.experts import Spread
 from fairseq_lite.parallel.shards.spans import Holding, NamedState, Span, whole_span
 
 
@@ -75,8 +80,13 @@ class FairscaleSharded(Engine):
         check_rows(model, layers)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         aliases = aliases_of(model)
-        options = self._options()
         device = "cpu" if self.cfg.cpu_offload else self.world.device
+        for _, store, shard in stores(model):
+            gather(store, device)
+            unit = Unit(store, **self._options(self._replicas(shard)))
+            unit.expert = shard
+            put_in_place(model, store, unit)
+        options = self._options(self._all())
         for layer in layers:
             gather(layer, device)
             put_in_place(model, layer, Unit(layer, **options))
@@ -100,12 +110,23 @@ class FairscaleSharded(Engine):
         unmade.make(self.world.device)
         return unmade.model
 
-    def _options(self) -> dict[str, Any]:
-        alone = self.world.size == 1
+    def _all(self) -> list[Any]:
+        """The groups of a row of shared parameters: to gather it, to add up its gradients."""
+        if self.world.size == 1:
+            return [_Alone()] * 2
+        # A group of its own lets sums of gradients overlap with the gathering of weights.
+        return [dist.group.WORLD, dist.new_group()]
+
+    def _replicas(self, shard: ExpertShard) -> list[Any]:
+        """The same of a row of experts: their owners."""
+        group = self.world.split(shard.layout.replica_groups())
+        return [_Alone() if group.handle is None else group.handle] * 2
+
+    def _options(self, groups: list[Any]) -> dict[str, Any]:
+        alone = isinstance(groups[0], _Alone)
         return {
-            "process_group": _Alone() if alone else dist.group.WORLD,
-            # A group of its own lets sums of gradients overlap with the gathering of weights.
-            "process_group_reduce_scatter": _Alone() if alone else dist.new_group(),
+            "process_group": groups[0],
+            "process_group_reduce_scatter": groups[1],
             "reshard_after_forward": not self.cfg.no_reshard_after_forward,
             # One rank sends nothing, and autocast does the rest.
             "mixed_precision": self.dtype is not None and not alone,
@@ -119,9 +140,16 @@ class FairscaleSharded(Engine):
         }
 
     def num_parameters(self, model: nn.Module) -> tuple[int, int]:
-        flats = _sharded(model).flats
-        counts = [(flat.layout.numel, flat.param.requires_grad) for flat in flats]
-        return sum(n for n, _ in counts), sum(n for n, trained in counts if trained)
+        flats = [flat for flat in _sharded(model).flats if flat.expert is None]
+        trained = sum(flat.layout.numel for flat in flats if flat.param.requires_grad)
+        return sum(flat.layout.numel for flat in flats), trained
+
+    def num_expert_parameters(self, model: nn.Module) -> tuple[int, int]:
+        return self._of_all_ranks(
+            (flat.layout.numel, flat.param.requires_grad)
+            for flat in _sharded(model).flats
+            if flat.expert is not None and flat.expert.layout.replica(self.world.rank) == 0
+        )
 
     # -- a step ---------------------------------------------------------------------------------
 
@@ -140,14 +168,20 @@ class FairscaleSharded(Engine):
             param.grad = grad if param.grad is None else param.grad.add_(grad)
 
     def reduce_gradients(self, model: nn.Module) -> None:
-        pass  # each backward pass has added its gradients over the ranks, and divided
+        # Each backward pass has added its gradients over the ranks that share a row, and divided by
+        # their number; for experts a division by that of the ranks that sent them tokens is left.
+        for flat in _sharded(model).flats:
+            if flat.expert is not None and flat.param.grad is not None:
+                factor = flat.expert.gradient_factor / flat.expert.layout.group_size
+                flat.param.grad.mul_(factor)
 
     # -- outside training -----------------------------------------------------------------------
 
-    def whole(self, model: nn.Module) -> AbstractContextManager[None]:
+    @contextmanager
+    def whole(self, model: nn.Module) -> Iterator[None]:
         """See the base class. Every rank holds the whole model inside, in float32."""
-        whole: AbstractContextManager[None] = _sharded(model).summon_full_params(volatile=True)
-        return whole
+        with _sharded(model).summon_full_params(volatile=True), free_running([model], self.world):
+            yield
 
     # -- checkpoints ----------------------------------------------------------------------------
 
@@ -159,6 +193,9 @@ class FairscaleSharded(Engine):
     ) -> Holding:
         return _holding(_sharded(model), optimizer, average)
 
+    def spread(self, model: nn.Module) -> Spread | None:
+        return Spread.of(model, clean)
+
     def load_parts(
         self,
         model: nn.Module,
@@ -169,7 +206,8 @@ class FairscaleSharded(Engine):
         root = _sharded(model)
         into = _holding(root, None, average)
         names = None if optimizer is None else _optimized(root, optimizer)
-        state = shards.fill(self.world, into, parts, root.fitting_weights, names)
+        spread = self.spread(model)
+        state = shards.fill(self.world, into, parts, root.fitting_weights, names, spread)
         root.forget_gathered()
         for name, first in root.aliases.items():
             if average is not None:

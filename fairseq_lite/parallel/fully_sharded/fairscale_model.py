@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from fairseq_lite.errors import CheckpointError, ConfigError
+from fairseq_lite.parallel.experts import ExpertShard, stores
+from fairseq_lite.parallel.shards.experts import without_others
 from fairseq_lite.parallel.shards.flat import FlatLayout
 from fairseq_lite.parallel.shards.spans import Span, whole_span
 
@@ -20,7 +22,13 @@ USE_TORCH = "use --fsdp-engine torch"
 
 
 class Unit(FullyShardedDataParallel):  # type: ignore[misc]
-    """Modules whose parameters are gathered and freed together."""
+    """Modules whose parameters are gathered and freed together.
+
+    Attributes:
+        expert: the mark of the first of its experts; None for a unit of shared parameters.
+    """
+
+    expert: ExpertShard | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.training_state is TrainingState.SUMMON_FULL_PARAMS:
@@ -39,12 +47,14 @@ class Flat:
     Attributes:
         param: what is trained: this rank's piece of the row.
         layout: where in the row each parameter lies.
-        rank: this rank.
+        rank: this rank, among those that have a piece.
+        expert: the mark of the first of its experts; None for a row of shared parameters.
     """
 
     param: nn.Parameter
     layout: FlatLayout
     rank: int
+    expert: ExpertShard | None = None
 
     @property
     def piece(self) -> Tensor:
@@ -80,7 +90,7 @@ class ShardedModel(Unit):
         self.shapes = dict(shapes)
         self.aliases = dict(aliases)
         self.flats = [
-            Flat(unit.params[0], _layout(path, unit), self.rank)
+            Flat(unit.params[0], _layout(path, unit), unit.rank, unit.expert)
             for path, unit in self.named_modules()
             if isinstance(unit, Unit) and unit.params
         ]
@@ -97,7 +107,7 @@ class ShardedModel(Unit):
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
         """The buffers under the names they have in the model."""
         for name, buffer in super().named_buffers(*args, **kwargs):
-            yield _clean(name), buffer
+            yield clean(name), buffer
 
     def weights(self) -> dict[str, Span]:
         """What this rank holds of the model's state; a shared tensor is one object."""
@@ -134,7 +144,7 @@ class ShardedModel(Unit):
             CheckpointError: one is missing, unknown or of another shape.
         """
         upgrade = getattr(self.module.module, "upgrade_state_dict", dict)
-        state = upgrade(state)
+        state = without_others(self, upgrade(state), clean)
         for name in sorted(self.shapes.keys() | state.keys()):
             own = self.shapes.get(name)
             other = state[name].shape if name in state else None
@@ -155,10 +165,10 @@ class ShardedModel(Unit):
 def _layout(path: str, unit: Unit) -> FlatLayout:
     names, shapes, _ = unit.module.metadata(0)
     prefix = f"{path}." if path else ""
-    return FlatLayout.of([_clean(prefix + name) for name in names], shapes, unit.world_size)
+    return FlatLayout.of([clean(prefix + name) for name in names], shapes, unit.world_size)
 
 
-def _clean(path: str) -> str:
+def clean(path: str) -> str:
     """A name without fairscale's wrappers in it."""
     own = ("_fsdp_wrapped_module", "_fpw_module")
     return ".".join(word for word in path.split(".") if word not in own)
@@ -174,7 +184,8 @@ def check_rows(model: nn.Module, layers: list[nn.Module]) -> None:
         ConfigError: a tensor is shared between two layers, or a layer is trained in part.
     """
     names = {id(m): name for name, m in model.named_modules()}
-    paths = sorted((names[id(layer)] for layer in layers), key=len, reverse=True)
+    own = [*(names[id(layer)] for layer in layers), *(name for name, _, _ in stores(model))]
+    paths = sorted(own, key=len, reverse=True)
     rows: dict[nn.Parameter, tuple[str, str]] = {}
     trained: dict[str, tuple[str, bool]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
@@ -201,10 +212,10 @@ def aliases_of(model: nn.Module) -> dict[str, str]:
 
 
 def split(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Deal out the rows of a model on the meta device, as torch deals them."""
+    """Deal out the rows of a model on the meta device, as torch deals them; experts stay whole."""
 
     def rows_of(param: nn.Parameter) -> nn.Parameter:
-        if not param.dim():
+        if not param.dim() or not param.is_meta:
             return param
         each = -(-param.size(0) // mesh.size())
         start = min(param.size(0), each * mesh.get_local_rank())

@@ -10,6 +10,10 @@ would keep whole gradients of the whole model in memory, which is what sharding 
 
 A unit must run on every rank or on none: other ranks wait for its weights. Parameters inside a unit
 may be used by some ranks only.
+
+The experts of a layer are spread over ranks as they are. Where several ranks own the same ones they
+are a unit, split over these ranks; an expert of one rank stays whole, and is no part of any unit,
+unless --cpu-offload asks for a unit that fetches it from host memory.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -33,9 +37,17 @@ from torch.distributed.fsdp import (
 from fairseq_lite.config.core import RunConfig
 from fairseq_lite.errors import ConfigError
 from fairseq_lite.parallel.api import M, Machine, PartReader, StatefulOptimizer
+from fairseq_lite.parallel.experts import (
+    ExpertLayout,
+    expert_parameters,
+    replicas_of,
+    stores,
+)
+from fairseq_lite.parallel.free import free_running
 from fairseq_lite.parallel.fully_sharded.building import Unmade
 from fairseq_lite.parallel.fully_sharded.choice import log_units, sharding_reasons
 from fairseq_lite.parallel.fully_sharded.engine import Engine
+from fairseq_lite.parallel.local import local
 from fairseq_lite.parallel.plan import common_reasons
 from fairseq_lite.parallel.shards import exchange as shards
 from fairseq_lite.parallel.shards.spans import Holding
@@ -64,8 +76,10 @@ class TorchSharded(Engine):
         layers: list[nn.Module] = getattr(model, "layers_to_shard", list)()
         output = getattr(model, "output_weight", None)
         keep = self.cfg.no_reshard_after_forward
-        where = self._where()
+        mesh = init_device_mesh(self.world.device.type, (self.world.size,))
+        offload = self._offload()
         with _refusing_in_one_line():
+            whole = self._shard_experts(model)
             for layer in layers:
                 # The criterion reads the output projection after the forward pass.
                 holds_output = output is not None and any(p is output for p in layer.parameters())
@@ -73,38 +87,73 @@ class TorchSharded(Engine):
                     self._freed.add(layer)
                 fully_shard(
                     layer,
+                    mesh=mesh,
                     reshard_after_forward=layer in self._freed,
-                    mp_policy=self._precision(self.dtype),
-                    **where,
+                    mp_policy=self._precision(self.dtype, self.world.size),
+                    ignored_params=whole,
+                    offload_policy=offload,
                 )
             # The outermost unit stays gathered between forward and backward: the backward pass
             # begins with it, and most models have their output projection there.
             fully_shard(
                 model,
+                mesh=mesh,
                 reshard_after_forward=False,
-                mp_policy=self._precision(self._outer_dtype()),
-                **where,
+                mp_policy=self._precision(self._outer_dtype(), self.world.size),
+                ignored_params=whole,
+                offload_policy=offload,
             )
         unmade.make("cpu" if self.cfg.cpu_offload else self.world.device)
         with _refusing_in_one_line():
             # By itself this happens in the first forward, which may be that of a part of the model.
             fully_shard.state(model)._lazy_init()  # type: ignore[attr-defined]
-        self._uses = _Uses(model) if self.world.size > 1 else None
+        self._uses = _Uses(model, self.world) if self.world.size > 1 else None
         log_units(self.world, len(layers))
         return model
 
-    def _where(self) -> dict[str, Any]:
-        mesh = init_device_mesh(self.world.device.type, (self.world.size,))
-        offload = OffloadPolicy()
-        if self.cfg.cpu_offload:
-            # Memory can be pinned for a GPU only.
-            offload = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda")
-        return {"mesh": mesh, "offload_policy": offload}
+    def _shard_experts(self, model: nn.Module) -> set[nn.Parameter]:
+        """Split experts with replicas over these.
 
-    def _precision(self, dtype: torch.dtype | None) -> MixedPrecisionPolicy:
+        Returns:
+            The parameters of the others, which no unit is to have.
+        """
+        whole: set[nn.Parameter] = set()
+        meshes: dict[ExpertLayout, DeviceMesh] = {}
+        for _, store, shard in stores(model):
+            layout = shard.layout
+            if layout.replicas == 1 and not self.cfg.cpu_offload:
+                whole.update(store.to(self.world.device).parameters())
+                continue
+            if layout not in meshes:
+                meshes[layout] = self._replica_mesh(layout)
+            if not self.cfg.no_reshard_after_forward:
+                self._freed.add(store)
+            fully_shard(
+                store,
+                mesh=meshes[layout],
+                reshard_after_forward=store in self._freed,
+                mp_policy=self._precision(self.dtype, layout.replicas),
+                offload_policy=self._offload(),
+            )
+        return whole
+
+    def _replica_mesh(self, layout: ExpertLayout) -> DeviceMesh:
+        """The owners of this rank's experts."""
+        shape = (layout.replicas, layout.group_size)
+        names = ("replica", "place")
+        mesh = init_device_mesh(self.world.device.type, shape, mesh_dim_names=names)
+        return mesh["replica"]
+
+    def _offload(self) -> OffloadPolicy:
+        if not self.cfg.cpu_offload:
+            return OffloadPolicy()
+        # Memory can be pinned for a GPU only.
+        return CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda")
+
+    def _precision(self, dtype: torch.dtype | None, ranks: int) -> MixedPrecisionPolicy:
         """Weights of a unit are gathered in `dtype`; the parts that ranks hold stay float32."""
         summed = None
-        if self.world.size > 1:
+        if ranks > 1:
             summed = torch.float32 if self.cfg.fp32_reduce_scatter else self.dtype
         return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=summed)
 
@@ -134,14 +183,17 @@ class TorchSharded(Engine):
         # was used by nobody has a gradient of zeros, where it should have none.
         if self._uses is None:
             return
-        mine = self._uses.taken()
-        used = torch.tensor(mine, dtype=torch.float32, device=self.world.device)
-        self.world.all_reduce(used, "max")
-        if all(mine):  # no need to wait for what a GPU says
-            return
-        for param, count in zip(model.parameters(), used.tolist(), strict=True):
-            if count == 0:
-                param.grad = None
+        params = list(model.parameters())
+        for number in self._uses.unused():
+            params[number].grad = None
+        by_factor: dict[float, list[Tensor]] = {}
+        for param, shard in expert_parameters(model):
+            if param.grad is not None:
+                # Of replicas torch has taken the mean; to the whole they bring in their group's.
+                factor = shard.gradient_factor / shard.layout.group_size
+                by_factor.setdefault(factor, []).append(local(param.grad))
+        for factor, grads in by_factor.items():
+            torch._foreach_mul_(grads, factor)
 
     # -- outside training -----------------------------------------------------------------------
 
@@ -152,7 +204,8 @@ class TorchSharded(Engine):
             for unit in units(model):
                 unit.set_reshard_after_forward(False, recurse=False)
                 unit.unshard()
-            yield
+            with free_running([model], self.world):
+                yield
         finally:
             for unit in units(model):
                 unit.set_reshard_after_forward(unit in self._freed, recurse=False)
@@ -186,14 +239,17 @@ class _Uses:
 
     Args:
         model: sharded.
+        world: its ranks.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, world: World) -> None:
         self._frozen = [not p.requires_grad for p in model.parameters()]  # nobody waits for those
         self._used = list(self._frozen)
         self._hooked: set[nn.Module] = set()
         self._units = list(units(model))
         self._ran: set[nn.Module] = set()
+        self._device = world.device
+        self._askers = _askers(model, world)
         for unit, places in _own_parameters(model).items():
             # After torch's own hook, which puts whole parameters in place of the sharded ones.
             unit.register_forward_pre_hook(partial(self._before_forward, places))
@@ -208,10 +264,17 @@ class _Uses:
             if hasattr(unit, "set_reduce_scatter_unused_params"):  # not in every torch we allow
                 unit.set_reduce_scatter_unused_params(unit in self._ran, recurse=False)
 
-    def taken(self) -> list[bool]:
-        """Whether each parameter was used since the last call, in the order of the model's."""
-        used, self._used = self._used, list(self._frozen)
-        return used
+    def unused(self) -> list[int]:
+        """The numbers of parameters that no rank has used since the last call; all ranks ask."""
+        mine, self._used = self._used, list(self._frozen)
+        found = []
+        for numbers, largest in self._askers:
+            used = torch.tensor([mine[n] for n in numbers], dtype=torch.float32)
+            used = largest(used.to(self._device))
+            if not all(mine[n] for n in numbers):  # else no need to wait for what a GPU says
+                pairs = zip(numbers, used.tolist(), strict=True)
+                found += [number for number, count in pairs if count == 0]
+        return found
 
     def _before_forward(
         self, places: list[tuple[int, nn.Module, str]], unit: nn.Module, _: Any
@@ -228,6 +291,20 @@ class _Uses:
 
     def _note(self, number: int, _: Tensor) -> None:
         self._used[number] = True
+
+
+def _askers(model: nn.Module, world: World) -> list[tuple[list[int], Callable[[Tensor], Tensor]]]:
+    """Of parameters that the same ranks have their numbers, and what gives these ranks' maxima."""
+    numbers = {id(p): i for i, p in enumerate(model.parameters())}
+    own = {id(p) for p, _ in expert_parameters(model)}
+    shared = [number for param, number in numbers.items() if param not in own]
+    found: list[tuple[list[int], Callable[[Tensor], Tensor]]] = [
+        (shared, lambda used: world.all_reduce(used, "max"))
+    ]
+    for group, experts in replicas_of(model, world):
+        theirs = [numbers[id(p)] for module, _ in experts for p in module.parameters()]
+        found.append((theirs, partial(group.all_reduce, op="max")))
+    return found
 
 
 def _own_parameters(model: nn.Module) -> dict[nn.Module, list[tuple[int, nn.Module, str]]]:
