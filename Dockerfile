@@ -10,6 +10,7 @@
 #   BASE       any Debian or Ubuntu image, with Python or without; pytorch/pytorch:... keeps its torch
 #   TORCH      what to install as PyTorch
 #   PIP_FLAGS  for pip, for example `--index-url URL` of an index of CPU-only builds
+#   EXTRAS     optional packages, for example `deepspeed,fairscale`
 #   UID        of the user that commands run as
 ARG BASE=python:3.11-slim
 FROM ${BASE}
@@ -35,6 +36,12 @@ RUN pip install ${PIP_FLAGS} ${TORCH}
 COPY . /opt/fairseq-lite
 WORKDIR /opt/fairseq-lite
 RUN pip install -e .
+
+# DeepSpeed is built from source and looks at torch, so not in an environment apart from it.
+ARG EXTRAS=
+RUN test -z "${EXTRAS}" \
+    || { pip install setuptools wheel \
+         && DS_BUILD_OPS=0 pip install --no-build-isolation -e ".[${EXTRAS}]"; }
 
 ARG UID=10001
 RUN useradd --create-home --uid ${UID} flite && install -d -o flite /workspace

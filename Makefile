@@ -33,8 +33,12 @@ $(VENV)/.base: pyproject.toml
 	@$(PIP) -e ".[quickstart]"
 	@touch $@
 
+# DeepSpeed comes as source and looks at torch while it is built: hence after it, and not apart from it.
+# DS_BUILD_OPS=0: without its extensions, which need a compiler and which nothing here uses.
 $(VENV)/.dev: $(VENV)/.base
 	@$(PIP) -e ".[dev]"
+	@$(PIP) "setuptools>=68" wheel
+	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation -e ".[deepspeed]"
 	@touch $@
 
 quickstart: $(VENV)/.base

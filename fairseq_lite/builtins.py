@@ -30,10 +30,12 @@ _ENTRIES = (
     "fairseq_lite.models.transformer_lm",
     "fairseq_lite.models.presets",
     "fairseq_lite.criteria.cross_entropy",
+    "fairseq_lite.criteria.moe",
     "fairseq_lite.optim.optimizers",
     "fairseq_lite.optim.schedules",
     "fairseq_lite.parallel.legacy_ddp",
     "fairseq_lite.parallel.fully_sharded.choice",
+    "fairseq_lite.parallel.deepspeed_moe.choice",
     "fairseq_lite.scoring",
     "fairseq_lite.data.text",
 )

@@ -58,7 +58,7 @@ def test_what_is_installed_is_what_the_readme_installs() -> None:
         for command in re.split(r"&&|\|\||[{};]", substituted(step))
         if command.strip().startswith("pip ")
     ]
-    assert installed == ["pip install torch", "pip install -e ."]
+    assert installed == ["pip install torch", "pip install -e .", "pip install setuptools wheel"]
     for command in installed:
         assert re.search(rf"^{re.escape(command)}( |$)", DOCUMENTED, re.MULTILINE), command
 
