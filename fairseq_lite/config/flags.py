@@ -123,6 +123,8 @@ def _parse_bool(text: str) -> bool:
 
 
 def _parse_dict(text: str) -> dict[str, Any]:
+    if not text.strip():
+        return {}
     try:
         value = json.loads(text)
     except json.JSONDecodeError as e:
