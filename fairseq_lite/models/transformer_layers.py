@@ -40,11 +40,15 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute rows, none of them included."""
-        inner = self.activation_dropout_module(self.activation(self.fc1(x)))
+        out: Tensor = self.fc2(self.between(self.fc1(x)))
+        return out
+
+    def between(self, inner: Tensor) -> Tensor:
+        """(N, F) -> (N, F), row by row: all that happens between the two products."""
+        inner = self.activation_dropout_module(self.activation(inner))
         if self.ffn_layernorm is not None:
             inner = self.ffn_layernorm(inner)
-        out: Tensor = self.fc2(inner)
-        return out
+        return inner
 
 
 class _Layer(nn.Module):

@@ -1,7 +1,7 @@
 """Tokens travel to the ranks that own their experts, and what the experts make of them comes back.
 
 In training all ranks of an exchange group run the same layers at the same time, and a layer is one
-exchange there and one back. In generation they do not: see `FreeRunning`.
+exchange there and one back. In generation they do not: see `parallel/free.py`.
 
 Axes: N rows (a token for each expert that it goes to), D width, E experts, P ranks of the group.
 """
@@ -13,11 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from fairseq_lite.moe.products import Counts
+from fairseq_lite.moe.rows import permute
 from fairseq_lite.parallel.experts import ExpertLayout
+from fairseq_lite.parallel.free import Rounds
 from fairseq_lite.parallel.groups import Group
 
-Compute = Callable[[Tensor, list[int]], Tensor]
+Compute = Callable[[Tensor, Counts], Tensor]
 """Rows (N, D), sorted by expert, and the number of rows of each local expert -> rows (N, D)."""
 
 
@@ -32,6 +36,7 @@ class _AllToAll(torch.autograd.Function):
         return group.all_to_all(rows, send, receive)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         back = ctx.group.all_to_all(grads[0].contiguous(), ctx.receive, ctx.send)
         return back, None, None, None
@@ -43,49 +48,68 @@ class Exchange:
     Args:
         layout: where the experts are.
         group: this rank's exchange group.
+
+    Attributes:
+        owned: this rank's experts.
+        rounds: where ranks run freely, who is asked instead of exchanging in step; else None.
     """
 
     def __init__(self, layout: ExpertLayout, group: Group) -> None:
         self.layout = layout
         self.group = group
         self.owned = layout.owned(group.place)
+        self.rounds: Rounds | None = None
+        # Counts travel as a table with a row for each rank, as wide as the one with most experts.
+        sizes = layout.counts()
+        self._width = max(sizes)
+        self._slots = [p * self._width + i for p, size in enumerate(sizes) for i in range(size)]
 
     def run(self, rows: Tensor, counts: Tensor, compute: Compute) -> Tensor:
         """Have every row computed by its expert, wherever that is.
 
         Args:
             rows: (N, D), sorted by expert.
-            counts: (E,) int64 on the CPU: how many rows go to each expert.
+            counts: (E,) int64, on any device: how many rows go to each expert.
             compute: runs this rank's own experts.
 
         Returns:
             (N, D) in the order of `rows`.
         """
         if self.group.size == 1:
-            return compute(rows, counts.tolist())
+            return compute(rows, counts)
+        if self.rounds is not None:
+            return self.rounds.ask(self, rows, counts.cpu())
         return self._in_step(rows, counts, compute)
 
     def _in_step(self, rows: Tensor, counts: Tensor, compute: Compute) -> Tensor:
-        arriving = self._arriving(counts, rows.device)  # (P, local)
-        sizes = self.layout.counts()
-        send = [int(part.sum()) for part in counts.split(sizes)]
-        receive = arriving.sum(dim=1).tolist()
+        going, coming = self._tell(counts.to(rows.device))
+        send, receive = going.sum(dim=1).tolist(), coming.sum(dim=1).tolist()
         here = _all_to_all(rows, self.group, send, receive)
-        order = _by_expert(arriving).to(here.device)
-        done = compute(here.index_select(0, order), arriving.sum(dim=0).tolist())
+        numbers = coming.sum(dim=0).tolist()
+        if len(numbers) == 1:  # the rows of all ranks are for the one expert
+            return _all_to_all(compute(here, numbers), self.group, receive, send)
+        order = _by_expert(coming).to(here.device)
         back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        return _all_to_all(done.index_select(0, back), self.group, receive, send)
+        back[order] = torch.arange(order.size(0), device=order.device)
+        done = compute(permute(here, order, back), numbers)
+        return _all_to_all(permute(done, back, order), self.group, receive, send)
 
-    def _arriving(self, counts: Tensor, device: torch.device) -> Tensor:
-        """How many rows each rank sends to each expert here: (P, local) on the CPU."""
-        sizes = self.layout.counts()
-        most = max(sizes)
-        table = torch.zeros(self.group.size, most, dtype=torch.int64)
-        for row, part in zip(table, counts.split(sizes), strict=True):
-            row[: len(part)] = part
-        told = self.group.all_to_all_equal(table.to(device)).cpu()
-        return told[:, : len(self.owned)]
+    def _tell(self, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """How many rows go from here to each expert, and come here.
+
+        Args:
+            counts: (E,) on the device of the group.
+
+        Returns:
+            On the CPU: (P, most experts of a rank), rows for each expert of each rank, and
+            (P, experts here), rows from each rank for each expert.
+        """
+        table = counts.new_zeros(self.group.size * self._width)
+        table[torch.tensor(self._slots, device=counts.device)] = counts
+        table = table.view(self.group.size, self._width)
+        told = self.group.all_to_all_equal(table)
+        going, coming = torch.stack([table, told]).cpu()  # the one time that the host waits
+        return going, coming[:, : len(self.owned)]
 
 
 def _all_to_all(rows: Tensor, group: Group, send: list[int], receive: list[int]) -> Tensor:
@@ -98,14 +122,12 @@ def _by_expert(counts: Tensor) -> Tensor:
 
     Args:
         counts: (P, local), rows of each rank for each expert.
+
+    Returns:
+        (N,), of each row by expert and rank, where it stood.
     """
-    places, local = counts.shape
-    flat = counts.flatten()
-    starts = (flat.cumsum(0) - flat).view(places, local)
-    pieces = [
-        torch.arange(start, start + n)
-        for start, n in zip(
-            starts.t().flatten().tolist(), counts.t().flatten().tolist(), strict=True
-        )
-    ]
-    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
+    stood = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts).t().flatten()
+    sizes = counts.t().flatten()
+    stands = sizes.cumsum(0) - sizes
+    moved = (stood - stands).repeat_interleave(sizes)
+    return torch.arange(moved.size(0)) + moved

@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fairseq_lite.moe.exchange import Exchange
+from fairseq_lite.moe.products import (
+    Counts,
+    compute_dtype,
+    linear_by_expert,
+    linear_grouped,
+    takes_grouped_products,
+)
 from fairseq_lite.parallel.experts import ExpertShard, drawn_for, mark, site
+from fairseq_lite.parallel.free import ExpertHost
+from fairseq_lite.parallel.local import is_spread
 
 
-class Experts(nn.Module):
+class Experts(ExpertHost):
     """All experts of a layer, of which this rank holds its own.
 
     The children are named by the experts' numbers among all, so a name means the same on every rank
     and at every world size.
 
+    An expert is any module (N, D) -> (N, D). Of those that are `fc2(between(fc1(x)))`, with two
+    linear maps of these names and a method `between` that goes row by row, the products of all
+    experts are computed together; `between`, where it has no parameters, runs once for all rows.
+
     Args:
         num_experts: E.
-        make: makes one expert, (N, D) -> (N, D).
+        make: makes one expert.
         name: the layer's, which the experts' first weights depend on.
         sqrt_gradients: see `MoEOptions`.
         group_size: of an exchange group; None: as large as it can be.
     """
+
+    exchange: Exchange
 
     def __init__(
         self,
@@ -36,8 +53,10 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         world, layout = site(num_experts, group_size)
+        self.name = name
         self.layout = layout
         self.exchange = Exchange(layout, world.split(layout.exchange_groups()))
+        self._casts: dict[tuple[str, torch.dtype], Tensor] | None = None
         factor = layout.group_size**0.5 if sqrt_gradients else 1.0
         for expert in self.exchange.owned:
             with drawn_for(name, expert):
@@ -45,7 +64,16 @@ class Experts(nn.Module):
             mark(module, ExpertShard(expert, layout, factor))
             self.add_module(str(expert), module)
 
-    def forward(self, rows: Tensor, counts: list[int]) -> Tensor:
+    def reset_parameters(self) -> None:
+        """Draw each expert's weights again, from its own random numbers."""
+        for expert, module in zip(self.exchange.owned, self.children(), strict=True):
+            with drawn_for(self.name, expert):
+                for part in module.modules():
+                    reset = getattr(part, "reset_parameters", None)
+                    if reset is not None:
+                        reset()
+
+    def forward(self, rows: Tensor, counts: Counts) -> Tensor:
         """Run this rank's experts.
 
         A sharded backend has their weights whole in here and nowhere else: callers call the module,
@@ -58,8 +86,100 @@ class Experts(nn.Module):
         Returns:
             (N, D).
         """
+        experts = list(self.children())
+        if all(map(_is_two_products, experts)):
+            return self._together(experts, rows.to(compute_dtype(rows)), counts)
         # An expert without a row computes none, too: its gradient is then zero on every rank.
-        parts = [
-            expert(part) for expert, part in zip(self.children(), rows.split(counts), strict=True)
+        parts = rows.split(_numbers(counts))
+        return torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True)])
+
+    def _together(self, experts: list[Any], rows: Tensor, counts: Counts) -> Tensor:
+        first = experts[0].fc1
+        if takes_grouped_products(rows, first.in_features, first.out_features):
+            counts = torch.as_tensor(counts, device=rows.device)
+        else:
+            counts = _numbers(counts)
+        inner = self._linear("fc1", [e.fc1 for e in experts], rows, counts)
+        if _is_bare(experts[0]):
+            inner = experts[0].between(inner)
+        else:
+            parts = inner.split(_numbers(counts))
+            inner = torch.cat([e.between(part) for e, part in zip(experts, parts, strict=True)])
+        return self._linear("fc2", [e.fc2 for e in experts], inner, counts)
+
+    def _linear(
+        self, name: str, layers: list[nn.Linear], rows: Tensor, counts: Tensor | list[int]
+    ) -> Tensor:
+        weights = [layer.weight for layer in layers]
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        params = weights + biases
+        if isinstance(counts, Tensor):
+            weight = self._in_type(f"{name}.weight", weights, rows.dtype)
+            bias = self._in_type(f"{name}.bias", biases, rows.dtype) if biases else None
+            ends = counts.cumsum(0, dtype=torch.int32)
+            return linear_grouped(rows, ends, params, weight, bias)
+        kept: list[Sequence[Tensor]] = [
+            each
+            if all(p.dtype == rows.dtype for p in each)
+            else self._in_type(f"{name}.{kind}", each, rows.dtype).unbind(0)
+            for kind, each in (("weight", weights), ("bias", biases))
         ]
-        return torch.cat(parts)
+        return linear_by_expert(rows, counts, params, *kept)
+
+    def _in_type(self, name: str, params: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """(E, …) copies of the experts' parameters, stacked."""
+        if self._casts is not None and (name, dtype) in self._casts:
+            return self._casts[name, dtype]
+        first = params[0]
+        out = torch.empty((len(params), *first.shape), dtype=dtype, device=first.device)
+        torch._foreach_copy_(list(out.unbind(0)), [p.detach() for p in params])
+        if self._casts is not None:
+            self._casts[name, dtype] = out
+        return out
+
+
+@contextmanager
+def casts_kept(model: nn.Module) -> Iterator[None]:
+    """Inside, copies of experts' weights in another type are made once and used again.
+
+    For code during which no weight changes: the micro-batches of one update, with what activation
+    checkpointing runs again of them, or a validation. Nobody could tell afterwards that a copy
+    has become old: backends change weights behind torch's counters of changes. Weights that ranks
+    share out are left alone, since whole copies would undo that.
+
+    Args:
+        model: whose experts.
+    """
+    found = [
+        module
+        for module in model.modules()
+        if isinstance(module, Experts) and not any(map(is_spread, module.parameters()))
+    ]
+    for experts in found:
+        experts._casts = {}
+    try:
+        yield
+    finally:
+        for experts in found:
+            experts._casts = None
+
+
+def _is_two_products(expert: nn.Module) -> bool:
+    """Whether an expert is `fc2(between(fc1(x)))` and nothing hangs on calls of its parts."""
+    parts = vars(expert)["_modules"]  # not by attribute: wrappers pass attributes on
+    linear = [parts.get("fc1"), parts.get("fc2")]
+    return (
+        all(isinstance(p, nn.Linear) and type(p).forward is nn.Linear.forward for p in linear)
+        and callable(getattr(expert, "between", None))
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in (expert, *linear))
+    )
+
+
+def _is_bare(expert: Any) -> bool:
+    """Whether there are no parameters between an expert's two products."""
+    known = sum(len(list(layer.parameters())) for layer in (expert.fc1, expert.fc2))
+    return len(list(expert.parameters())) == known
+
+
+def _numbers(counts: Counts) -> list[int]:
+    return counts.tolist() if isinstance(counts, Tensor) else list(counts)

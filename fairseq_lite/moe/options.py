@@ -50,8 +50,8 @@ class MoEOptions:
         every: each `every`-th layer has experts: those with (index + 1) % every == 0.
         router: how tokens choose.
         ffn_dim: inner width of an expert.
-        gradient_factor: see `parallel.experts.ExpertShard`: 1, or "sqrt" for the square root of the
-            size of the exchange group.
+        sqrt_gradients: multiply the experts' gradients by the square root of the size of the
+            exchange group; see `parallel.experts.ExpertShard`.
     """
 
     every: int

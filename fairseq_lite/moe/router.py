@@ -1,7 +1,19 @@
 """Which experts a token goes to, with what weight, and who is turned away.
 
-Top-1 (Fedus et al. 2021) and top-2 (Lepikhin et al. 2020) routing with fairseq's rules. Axes: S
-tokens, E experts, K choices of a token, D width.
+Top-1 (Fedus et al. 2021) and top-2 (Lepikhin et al. 2020) routing with fairseq's rules:
+
+    p = softmax(W x)                          the gate's probabilities, in float32
+    first = argmax p                          second = argmax of the rest; in training with noise
+    weight of first, second = p_first, p_second   of two, divided by their sum
+    C = int(factor * ceil(S / E))             rows that an expert takes at most, where it has a
+                                              capacity; ceil(fraction * S) in evaluation
+
+Choices queue at their expert: all first ones before all second ones, tokens by their position or,
+batch-prioritised (Riquelme et al. 2021), by their greatest probability. Those that find C before
+them are dropped. In evaluation nothing is drawn, and without a capacity a token's way depends on
+that token alone.
+
+Axes: S tokens, E experts, K choices of a token, D width, N choices that are kept.
 """
 
 from __future__ import annotations
@@ -13,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fairseq_lite.errors import ConfigError
 from fairseq_lite.moe.options import RouterOptions
 
 
@@ -21,13 +34,16 @@ class RouterReport(NamedTuple):
 
     Attributes:
         balance: E * sum over experts of (mean probability) * (share of first choices); 1 when
-            balanced, with gradient (0-dim).
-        z: mean over tokens of logsumexp(logits)^2 (Zoph et al. 2022, eq. 5), with gradient (0-dim).
+            balanced, with gradient (0-dim). As in fairseq and DeepSpeed both are shares of all S
+            tokens, masked ones included, which have a probability and no choice.
+        z: mean over routed tokens of logsumexp(logits)^2 (Zoph et al. 2022, eq. 5), with gradient
+            (0-dim).
         load: (E,) rows that each expert computes for this rank's tokens, dropped ones not counted.
         wanted: (K, E) how often each expert was the first, the second choice, before dropping.
         dropped: (K,) how many first, second choices were dropped.
         tokens: how many tokens were routed (0-dim).
-        entropy: sum over tokens of the entropy of the gate's probabilities, in nats (0-dim).
+        entropy: sum over routed tokens of the entropy of the gate's probabilities, in nats (0-dim).
+        probability: (E,) sum over routed tokens of the gate's probabilities.
     """
 
     balance: Tensor
@@ -37,6 +53,7 @@ class RouterReport(NamedTuple):
     dropped: Tensor
     tokens: Tensor
     entropy: Tensor
+    probability: Tensor
 
 
 class Routing(NamedTuple):
@@ -46,12 +63,15 @@ class Routing(NamedTuple):
         experts: (S, K).
         weights: (S, K) float32, with gradient; zero where not kept.
         kept: (S, K); None when every choice is kept.
+        order: (N,) the kept choices by expert, and as they queue there; a choice is the number
+            token * K + (0 for the first, 1 for the second).
         report: what to say of it.
     """
 
     experts: Tensor
     weights: Tensor
     kept: Tensor | None
+    order: Tensor
     report: RouterReport
 
 
@@ -61,25 +81,43 @@ class Router(nn.Module):
     Args:
         dim: D.
         options: the rules.
+
+    Raises:
+        ConfigError: fewer experts than a token is to go to.
     """
 
     def __init__(self, dim: int, options: RouterOptions) -> None:
         super().__init__()
+        if options.num_experts < options.top_k:
+            raise ConfigError(
+                f"a token cannot go to {options.top_k} of {options.num_experts} experts: use more "
+                "experts (--moe-expert-count), or --moe-top1-expert"
+            )
         self.options = options
         self.wg = nn.Linear(dim, options.num_experts, bias=False)
 
     def logits(self, x: Tensor) -> Tensor:
-        """(S, D) -> (S, E) float32."""
-        if self.options.jitter and self.training:
-            low, high = 1.0 - self.options.jitter, 1.0 + self.options.jitter
-            x = x * torch.empty_like(x).uniform_(low, high)
-        if not self.options.gate_fp32:
-            return self.wg(x).float()
+        """(S, D) -> (S, E), in float32 or wider."""
+        cfg = self.options
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if cfg.jitter and self.training:
+            # 16 bits would know a few factors only.
+            noise = torch.empty_like(x, dtype=wide).uniform_(1.0 - cfg.jitter, 1.0 + cfg.jitter)
+            x = (x * noise).to(wide if cfg.gate_fp32 else x.dtype)
+        if not cfg.gate_fp32:
+            return self.wg(x).to(wide)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.wg.weight.float())
+            return F.linear(x.to(wide), self.wg.weight.to(wide))
 
     def capacity(self, tokens: int) -> int | None:
-        """How many of a rank's tokens an expert takes; None: as many as come."""
+        """How many of a rank's tokens an expert takes.
+
+        Args:
+            tokens: S, padding included.
+
+        Returns:
+            C; None: as many as come.
+        """
         cfg = self.options
         fraction = cfg.eval_capacity_fraction
         if not self.training and (fraction is None or fraction >= 0):
@@ -99,29 +137,26 @@ class Router(nn.Module):
         logits = self.logits(x)
         probs = F.softmax(logits, dim=-1)
         experts = self._choose(logits, probs)
-        chosen = probs.gather(1, experts)
-        weights = chosen
+        weights = probs.gather(1, experts)
         if cfg.top_k == 2 and cfg.normalize_before_dropping:
-            weights = _normalised(chosen)
-        kept: Tensor | None = None
+            weights = _normalised(weights)
+        willing: Tensor | None = None  # (S, K): choices that queue
         if routed is not None:
-            kept = routed[:, None].expand_as(experts).clone()
+            willing = routed[:, None].expand_as(experts)
         if cfg.top_k == 2 and cfg.second_policy == "random" and self.training:
-            kept = torch.ones_like(experts, dtype=torch.bool) if kept is None else kept
-            kept[:, 1] &= torch.rand_like(weights[:, 1]) < 2 * weights[:, 1]
-        wanted = _count(experts, kept, cfg.num_experts)
-        capacity = self.capacity(x.size(0))
-        before = kept
-        if capacity is not None:
-            kept = self._within(experts, kept, probs, capacity)
+            luck = torch.rand_like(weights[:, 1]) < 2.0 * weights[:, 1]
+            luck = torch.stack([torch.ones_like(luck), luck], dim=1)
+            willing = luck if willing is None else willing & luck
+        order, kept = self._serve(experts, willing, probs, self.capacity(x.size(0)))
         if kept is not None:
             weights = weights * kept
         if cfg.top_k == 2 and not cfg.normalize_before_dropping:
             weights = _normalised(weights)
-        report = self._report(logits, probs, experts, wanted, before, kept, routed)
-        return Routing(experts, weights, kept, report)
+        report = self._report(logits, probs, experts, willing, kept, routed)
+        return Routing(experts, weights, kept, order, report)
 
     def _choose(self, logits: Tensor, probs: Tensor) -> Tensor:
+        """(S, K) the experts of each token; of equals the one with the lowest number."""
         first = probs.argmax(dim=-1, keepdim=True)
         if self.options.top_k == 1:
             return first
@@ -132,55 +167,98 @@ class Router(nn.Module):
         second = others.scatter(1, first, -math.inf).argmax(dim=-1, keepdim=True)
         return torch.cat([first, second], dim=1)
 
-    def _within(self, experts: Tensor, kept: Tensor | None, probs: Tensor, capacity: int) -> Tensor:
-        """Which choices find a place; all first choices queue before all second ones."""
+    def _queue(self, probs: Tensor) -> Tensor | None:
+        """(S,) the tokens in the order in which they queue; None: as they stand."""
+        if not self.options.prioritized:
+            return None
+        return probs.detach().amax(dim=-1).argsort(descending=True, stable=True)
+
+    def _serve(
+        self, experts: Tensor, willing: Tensor | None, probs: Tensor, capacity: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Let choices queue at their experts.
+
+        Args:
+            experts: (S, K).
+            willing: (S, K) which of them do; None: all.
+            probs: (S, E).
+            capacity: C.
+
+        Returns:
+            `Routing`'s `order` and `kept`.
+        """
         tokens, choices = experts.shape
-        queue = torch.arange(tokens, device=experts.device)
-        if self.options.prioritized:
-            queue = probs.detach().amax(dim=-1).argsort(descending=True, stable=True)
-        hits = F.one_hot(experts.index_select(0, queue), self.options.num_experts)  # (S, K, E)
-        if kept is not None:
-            hits = hits * kept.index_select(0, queue)[..., None]
-        in_line = hits.transpose(0, 1).reshape(choices * tokens, -1)  # by choice, then by token
-        before = in_line.cumsum(0) - in_line
-        fits = ((before < capacity) & in_line.bool()).any(dim=-1).view(choices, tokens).t()
-        result = torch.empty_like(fits)
-        result[queue] = fits
-        return result
+        count = self.options.num_experts
+        goal = experts if willing is None else experts.masked_fill(~willing, count)
+        line = None  # which choice stands where; None: choice 0, choice 1, …
+        if capacity is not None:
+            queue = self._queue(probs)
+            if queue is None:
+                queue = torch.arange(tokens, device=experts.device)
+            line = (queue * choices + torch.arange(choices, device=queue.device)[:, None]).flatten()
+        goal = goal.flatten() if line is None else goal.flatten().index_select(0, line)
+        goal, order = goal.sort(stable=True)
+        if line is None:
+            if willing is not None:  # those who do not queue have come last
+                order = order[: int(willing.sum())]
+            return order, willing
+        assert capacity is not None
+        order = line.index_select(0, order)
+        before = torch.arange(tokens * choices, device=goal.device) - torch.searchsorted(goal, goal)
+        fits = (before < capacity) & (goal < count)
+        kept = torch.empty_like(fits)
+        kept[order] = fits
+        return order[fits], kept.view(tokens, choices)
 
     def _report(
         self,
         logits: Tensor,
         probs: Tensor,
         experts: Tensor,
-        wanted: Tensor,
-        before: Tensor | None,
+        willing: Tensor | None,
         kept: Tensor | None,
         routed: Tensor | None,
     ) -> RouterReport:
-        count, size = self.options.num_experts, max(experts.size(0), 1)
-        balance = count * (probs.sum(0) / size * (wanted[0] / size)).sum()
-        z = logits.logsumexp(dim=-1).square().sum() / size
+        size = max(experts.size(0), 1)
+        logsum = logits.logsumexp(dim=-1)
         with torch.no_grad():
-            load = _count(experts, kept, count).sum(0)
-            asked = experts.new_tensor([experts.size(0)] * experts.size(1))
-            if before is not None:
-                asked = before.sum(0)
-            held = asked if kept is before else kept.sum(0) if kept is not None else asked
-            entropies = -(probs * probs.clamp_min(1e-30).log()).sum(-1)
+            wanted = self._count(experts, willing)
+            load = (wanted if kept is willing else self._count(experts, kept)).sum(0)
+            asked = wanted.sum(1)
+            dropped = torch.zeros_like(asked)
+            if kept is not None and kept is not willing:
+                dropped = asked - kept.sum(0)
+            entropies = logsum - (probs * logits).sum(-1)
+            real = probs
             if routed is not None:
                 entropies = entropies * routed
-            tokens = asked[0].clone()
-        return RouterReport(balance, z, load, wanted, asked - held, tokens, entropies.sum())
+                real = probs * routed[:, None]
+        squares = logsum.square()
+        routed_tokens = asked[0].clone()
+        if routed is None:
+            z = squares.sum() / size
+        else:
+            z = (squares * routed).sum() / routed_tokens.clamp_min(1)
+        count = self.options.num_experts
+        balance = count * (probs.sum(0) / size * (wanted[0] / size)).sum()
+        return RouterReport(
+            balance=balance,
+            z=z,
+            load=load,
+            wanted=wanted,
+            dropped=dropped,
+            tokens=routed_tokens,
+            entropy=entropies.sum(),
+            probability=real.sum(0).detach(),
+        )
+
+    def _count(self, experts: Tensor, which: Tensor | None) -> Tensor:
+        """(K, E): how often each expert is the first, the second of the choices asked for."""
+        hits = experts.new_zeros(experts.size(1), self.options.num_experts)
+        ones = torch.ones_like(experts) if which is None else which.long()
+        return hits.scatter_add_(1, experts.t(), ones.t())
 
 
 def _normalised(weights: Tensor) -> Tensor:
     total = weights.sum(dim=-1, keepdim=True)
     return weights / total.clamp_min(torch.finfo(weights.dtype).eps)
-
-
-def _count(experts: Tensor, kept: Tensor | None, count: int) -> Tensor:
-    """(K, E): how often each expert is the first, second choice."""
-    hits = torch.zeros(experts.size(1), count, dtype=torch.int64, device=experts.device)
-    ones = torch.ones_like(experts) if kept is None else kept.long()
-    return hits.scatter_add_(1, experts.t(), ones.t())
