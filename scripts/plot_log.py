@@ -19,7 +19,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fairseq_lite.errors import DataError, MissingDependency
+from fairseq_lite.errors import DataError
+from fairseq_lite_cli.drawing import lines_of, pyplot
 from fairseq_lite_cli.entry import run_command
 
 Record = dict[str, float]
@@ -102,16 +103,7 @@ def _shown(record: Record, key: str) -> str:
 
 def draw(logs: dict[str, Log], key: str, out: Path) -> None:
     """A curve of `key` over updates for training and every validation split of every log."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise MissingDependency(
-            "drawing needs matplotlib: pip install 'fairseq-lite[plot]'; or --table"
-        ) from None
-    matplotlib.use("Agg")  # no screen is needed
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = pyplot("; or --table").subplots(figsize=(7, 4.2), layout="constrained")
     for name, log in logs.items():
         prefix = f"{name}: " if len(logs) > 1 else ""
         curves = {"train": log.inner or log.epochs, **log.valid}
@@ -139,10 +131,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     logs = {}
     for path in args.logs:
-        try:
-            logs[str(path)] = read(path.read_text(encoding="utf-8").splitlines())
-        except OSError as e:
-            raise DataError(f"{path}: {e.strerror}") from e
+        logs[str(path)] = read(lines_of(path))
         if not logs[str(path)].inner and not logs[str(path)].epochs:
             raise DataError(f"{path}: no record in JSON; train with --log-format json")
     if args.table:

@@ -95,6 +95,9 @@ class CommonEvalConfig:
     checkpoint_shard_count: int = flag(
         1, "shards a checkpoint must have (1: as many as there are; they are found by themselves)"
     )
+    is_moe: bool = flag(
+        False, "refuse a model without experts; checkpoints say by themselves what they hold"
+    )
 
     def __post_init__(self) -> None:
         _check_shard_count(self.checkpoint_shard_count)

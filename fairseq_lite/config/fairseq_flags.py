@@ -61,16 +61,16 @@ REFUSED: dict[str, str] = {
         "this tracker is not built; use --tensorboard-logdir or --log-format json --log-file FILE"
     ),
     "--base-layers": (
-        "BASE layers are not built; mixture-of-experts layers (--moe-freq, --moe-expert-"
-        "count) are the way to sparse models"
+        "BASE layers are not built; use mixtures of experts: --moe-freq 2 --moe-expert-count 8 "
+        "--criterion moe_cross_entropy"
     ),
     "--base-shuffle": (
-        "BASE layers are not built; mixture-of-experts layers (--moe-freq, --moe-expert-"
-        "count) are the way to sparse models"
+        "BASE layers are not built; use mixtures of experts: --moe-freq 2 --moe-expert-count 8 "
+        "--criterion moe_cross_entropy"
     ),
     "--base-sublayers": (
-        "BASE layers are not built; mixture-of-experts layers (--moe-freq, --moe-expert-"
-        "count) are the way to sparse models"
+        "BASE layers are not built; use mixtures of experts: --moe-freq 2 --moe-expert-count 8 "
+        "--criterion moe_cross_entropy"
     ),
     "--baseline-model": (
         "a second model in the criterion is not built; evaluate both models and compare their logs"
@@ -106,6 +106,7 @@ REFUSED: dict[str, str] = {
         "xFormers is not used; attention runs through PyTorch's scaled_dot_product_attention"
     ),
     "--decoding-format": "non-autoregressive decoding is not built; use beam search (--beam)",
+    "--dummy-a2a": "tokens always go to their experts; --profile shows what their way costs",
     "--dynamic-groups": (
         "the composite optimizer is not built; use one optimizer (--optimizer adam)"
     ),
@@ -151,6 +152,9 @@ REFUSED: dict[str, str] = {
     ),
     "--merge-src-tgt-embed": "this variant of attention is not built; leave the flag out",
     "--model-parallel-size": "tensor parallelism is not built; use --ddp-backend fully_sharded",
+    "--no-save-optimizer-state-on-training-finished": (
+        "not built; use --no-save-optimizer-state, or scripts/remove_opt_state.py when it is done"
+    ),
     "--no-cross-attention": "this variant of attention is not built; leave the flag out",
     "--on-cpu-convert-precision": "belongs to TPUs, which are not supported; leave it out",
     "--past-target": "only the next token is predicted; leave it out",
@@ -255,7 +259,9 @@ NO_EFFECT: dict[str, str] = {
     "--no-beamable-mm": "encoder states are never copied for the beams",
     "--no-seed-provided": "the seed is always --seed",
     "--not-fsdp-flatten-parameters": "parameters are sharded one by one",
+    "--num-workers-valid": "validation reads with --num-workers",
     "--nprocs-per-node": "use --distributed-world-size",
+    "--record-a2a-perf-stats": "--profile shows what the exchange of tokens costs",
     "--reset-logging": "logging is set up once",
     "--suppress-crashes": "errors are never swallowed",
     "--update-epoch-batch-itr": "batches are built once and shuffled by epoch",
@@ -263,7 +269,8 @@ NO_EFFECT: dict[str, str] = {
     "--use-old-adam": "there is one Adam, with fairseq's formula",
 }
 
-_ONE_PROCESS = "evaluation with several processes comes later; use --num-shards and --shard-id"
+# Of flite-interactive only; the other commands take these flags.
+_ONE_PROCESS = "a terminal is read by one process; use flite-generate for several"
 
 # fairseq's flags that come with a later capability: refused until then.
 COMING: dict[str, str] = {
@@ -302,7 +309,7 @@ IDLE: dict[str, frozenset[str]] = {
     "generate": frozenset(
         """
         --best-checkpoint-metric --continue-once --criterion --ddp-backend
-        --finetune-from-model --force-anneal --heartbeat-timeout --keep-best-checkpoints
+        --finetune-from-model --force-anneal --keep-best-checkpoints
         --keep-interval-updates --keep-interval-updates-pattern --keep-last-epochs
         --lr-scheduler --lr-shrink --maximize-best-checkpoint-metric --no-epoch-checkpoints
         --no-last-checkpoints --no-save --no-save-optimizer-state --optimizer
@@ -315,14 +322,14 @@ IDLE: dict[str, frozenset[str]] = {
     | _SHARDING,
     "validate": frozenset(
         """
-        --criterion --ddp-backend --force-anneal --heartbeat-timeout --lr-scheduler
+        --criterion --ddp-backend --force-anneal --lr-scheduler
         --lr-shrink --optimizer --scoring --wandb-project --warmup-updates
         """.split()
     )
     | _SCORED_IDS
     | _SHARDING,
 }
-IDLE["interactive"] = IDLE["generate"] | {"--scoring"} | _SCORED_IDS
+IDLE["interactive"] = IDLE["generate"] | {"--scoring", "--heartbeat-timeout"} | _SCORED_IDS
 IDLE["eval_lm"] = IDLE["validate"]
 
 # name[,alias…] kind command…
@@ -426,6 +433,7 @@ _ROWS = """
 --diverse-beam-strength value generate interactive
 --diversity-rate value generate interactive
 --dropout value train
+--dummy-a2a switch train
 --dynamic-groups switch entry
 --ema-decay value train
 --ema-fp32 switch train
@@ -553,6 +561,7 @@ _ROWS = """
 --no-reshard-after-forward switch eval_lm generate interactive train validate
 --no-save switch generate interactive train
 --no-save-optimizer-state switch generate interactive train
+--no-save-optimizer-state-on-training-finished switch train
 --no-scale-embedding switch train
 --no-seed-provided switch generate interactive
 --no-token-positional-embeddings switch train
@@ -561,6 +570,7 @@ _ROWS = """
 --num-batch-buckets value generate interactive train validate
 --num-shards value eval_lm generate interactive train validate
 --num-workers value eval_lm generate interactive train validate
+--num-workers-valid value train
 --nwordssrc value preprocess
 --nwordstgt value preprocess
 --offload-activations switch train
@@ -600,6 +610,7 @@ _ROWS = """
 --quant-noise-scalar value train
 --quantization-config-path value eval_lm generate interactive preprocess train validate
 --quiet switch eval_lm generate interactive validate
+--record-a2a-perf-stats switch train
 --relative-step switch entry
 --relu-dropout value train
 --replace-unk optional generate interactive

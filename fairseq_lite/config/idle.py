@@ -49,7 +49,7 @@ _UNREAD: dict[str, frozenset[str]] = {
     ),
     "flite-interactive": frozenset(
         _all_but(core.CommonConfig, f"log_file seed user_dir {_PRECISION}")
-        | _all_but(core.CommonEvalConfig, "path post_process model_overrides")
+        | _all_but(core.CommonEvalConfig, "path post_process model_overrides is_moe")
         | _all_but(core.DatasetConfig, "max_tokens batch_size")
         | _IN_VALIDATION
         | {"sacrebleu", "upsample_primary", "truncate_source", "left_pad_target"}
@@ -63,7 +63,7 @@ _UNREAD: dict[str, frozenset[str]] = {
             "no_progress_bar log_format log_interval log_file tensorboard_logdir wandb_project "
             f"seed user_dir {_PRECISION}",
         )
-        | _all_but(core.CommonEvalConfig, "path model_overrides")
+        | _all_but(core.CommonEvalConfig, "path model_overrides is_moe")
         | _all_but(
             core.DatasetConfig,
             "num_workers valid_subset combine_valid_subsets fixed_validation_seed max_valid_steps "
@@ -74,7 +74,7 @@ _UNREAD: dict[str, frozenset[str]] = {
         _all_but(
             core.CommonConfig, f"no_progress_bar log_format log_file seed user_dir {_PRECISION}"
         )
-        | _all_but(core.CommonEvalConfig, "path post_process model_overrides results_path")
+        | _all_but(core.CommonEvalConfig, "path post_process model_overrides results_path is_moe")
         | _all_but(core.DatasetConfig, f"num_workers gen_subset max_valid_steps {_BATCHES}")
     ),
 }
@@ -115,6 +115,8 @@ _OVERRULED: dict[str, tuple[str, ...]] = {
     "nwordssrc": ("srcdict",),
     "thresholdtgt": ("tgtdict", "joined_dictionary", "only_source"),
     "nwordstgt": ("tgtdict", "joined_dictionary", "only_source"),
+    "moe_second_expert_policy": ("moe_top1_expert",),
+    "moe_normalize_gate_prob_before_dropping": ("moe_top1_expert",),
 }
 
 

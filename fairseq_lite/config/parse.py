@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from fairseq_lite import __version__
 from fairseq_lite.config import core, serial
@@ -37,6 +37,19 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
+
+
+@runtime_checkable
+class ChecksTyped(Protocol):
+    """A configuration that refuses what only a command line can get wrong, not a stored value."""
+
+    def check_typed(self, names: Collection[str]) -> None:
+        """Look at the fields that were typed.
+
+        Raises:
+            ConfigError: one of them cannot be meant.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +147,8 @@ def _third_pass(
         section = each.selector.section
         used.add(f"{section}._name")
         built = _build(each.entry.config, each.entry, typed, yaml_values, used, section)
+        if isinstance(built, ChecksTyped):
+            built.check_typed(typed.keys())
         sections[section] = core.Choice(each.entry.name, built)
     for key in yaml_values:
         if key not in used and not serial.is_foreign(key, command, chosen_sections(chosen)):

@@ -31,6 +31,9 @@ class Criterion(nn.Module):
     fairseq_name: ClassVar[str] = "FairseqCriterion"
     """The class name checkpoints record, compared when training resumes."""
 
+    balances_experts: ClassVar[bool] = False
+    """Whether the loss keeps the experts of a mixture in use."""
+
     def __init__(self, cfg: Any, task: Any, sentence_avg: bool = False) -> None:
         super().__init__()
         self.cfg = cfg
@@ -42,12 +45,29 @@ class Criterion(nn.Module):
 
         Returns:
             The summed loss (with gradient), the sample size it is to be divided by, and sums to
-            log: always loss, ntokens, nsentences and sample_size, plus the criterion's own. Losses
-            are natural logarithms.
+            log: always loss, ntokens, nsentences and sample_size, plus the criterion's own,
+            numbers or vectors. Losses are natural logarithms.
+        """
+        loss, sample_size, sums, _ = self.judge(model, sample)
+        return loss, sample_size, sums
+
+    def judge(
+        self, model: Any, sample: Mapping[str, Any]
+    ) -> tuple[Tensor, int, Sums, Mapping[str, Any]]:
+        """What `forward` returns, and the extras of the model's output.
+
+        A criterion overrides this one, so that another can add to its loss; or `forward`.
         """
         raise NotImplementedError
 
-    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that this loss cannot judge; called once before training.
+
+        Raises:
+            ConfigError: with what to type instead.
+        """
+
+    def metrics(self, sums: Mapping[str, Any]) -> dict[str, float]:
         """What to show of sums added over batches and ranks, in log order. Losses are base 2."""
         raise NotImplementedError
 

@@ -41,7 +41,7 @@ def token_loss(
     epsilon: float = 0.0,
     skip: int = 0,
     count_correct: bool = False,
-) -> LossSums:
+) -> tuple[LossSums, Mapping[str, Any]]:
     """Run the model on a batch and sum the loss over its target tokens.
 
     Args:
@@ -51,20 +51,25 @@ def token_loss(
         epsilon: label smoothing.
         skip: leave out the first tokens of every sentence.
         count_correct: also count correct predictions.
+
+    Returns:
+        The sums, and the extras of the model's output.
     """
     fused = model.output_weight is not None
     net_output = model(**sample["net_input"], **({"features_only": True} if fused else {}))
     # Taken after the forward pass, which is when a sharded backend has it whole.
     weight = model.output_weight
-    scores, target = net_output[0], model.get_targets(sample, net_output)
+    (scores, extra), target = net_output, model.get_targets(sample, net_output)
     if weight is not None and _is_fp16(scores):
         # The fused loss makes gradients before the loss scale is known, and small ones would
         # vanish.
         scores, weight = model.output_layer(scores), None
     scores, target = scores[:, skip:].flatten(0, 1), target[:, skip:].flatten()
     if weight is not None:
-        return fused_smoothed_loss(scores, weight, target, epsilon, padding_idx, count_correct)
-    return smoothed_loss(scores, target, epsilon, padding_idx, count_correct)
+        sums = fused_smoothed_loss(scores, weight, target, epsilon, padding_idx, count_correct)
+    else:
+        sums = smoothed_loss(scores, target, epsilon, padding_idx, count_correct)
+    return sums, extra
 
 
 def _is_fp16(x: Tensor) -> bool:
@@ -101,12 +106,14 @@ class CrossEntropy(Criterion):
 
     fairseq_name = "CrossEntropyCriterion"
 
-    def forward(self, model: Any, sample: Mapping[str, Any]) -> tuple[Tensor, int, Sums]:
+    def judge(
+        self, model: Any, sample: Mapping[str, Any]
+    ) -> tuple[Tensor, int, Sums, Mapping[str, Any]]:
         sample_size = self.sample_size(sample)
-        loss = token_loss(model, sample, self.padding_idx).loss
-        return loss, sample_size, _sums(loss, sample, sample_size)
+        (loss, _, _), extra = token_loss(model, sample, self.padding_idx)
+        return loss, sample_size, _sums(loss, sample, sample_size), extra
 
-    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+    def metrics(self, sums: Mapping[str, Any]) -> dict[str, float]:
         shown = {"loss": base2(sums["loss"], sums["sample_size"])}
         per_token = shown["loss"]
         if sums["sample_size"] != sums["ntokens"]:
@@ -122,10 +129,12 @@ class LabelSmoothedCrossEntropy(Criterion):
     fairseq_name = "LabelSmoothedCrossEntropyCriterion"
     cfg: LabelSmoothedCrossEntropyConfig
 
-    def forward(self, model: Any, sample: Mapping[str, Any]) -> tuple[Tensor, int, Sums]:
+    def judge(
+        self, model: Any, sample: Mapping[str, Any]
+    ) -> tuple[Tensor, int, Sums, Mapping[str, Any]]:
         sample_size = self.sample_size(sample)
         cfg = self.cfg
-        loss, nll, correct = token_loss(
+        (loss, nll, correct), extra = token_loss(
             model,
             sample,
             self.padding_idx,
@@ -137,9 +146,9 @@ class LabelSmoothedCrossEntropy(Criterion):
         if cfg.report_accuracy:
             target = sample["target"][:, cfg.ignore_prefix_size :]
             sums |= {"n_correct": correct, "total": target.ne(self.padding_idx).sum()}
-        return loss, sample_size, sums
+        return loss, sample_size, sums, extra
 
-    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+    def metrics(self, sums: Mapping[str, Any]) -> dict[str, float]:
         nll = base2(sums["nll_loss"], sums["ntokens"])
         shown = {
             "loss": base2(sums["loss"], sums["sample_size"]),

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq_lite.errors import CheckpointError, ConfigError
+from fairseq_lite.parallel.experts import expert_modules
+from fairseq_lite.parallel.shards.experts import without_others
 from fairseq_lite.registry import Registry
 
 ARCHITECTURES = Registry("architecture", "--arch")
@@ -152,11 +154,13 @@ class Model(nn.Module):
         """Draw fresh weights and rebuild computed buffers.
 
         Every module with weights of its own has a `reset_parameters`, so a sharding backend may
-        also call them one by one.
+        also call them one by one; but not those of experts, which the module that holds them draws
+        from random numbers of their own.
         """
+        own = {id(part) for _, expert, _ in expert_modules(self) for part in expert.modules()}
         for module in self.modules():
             reset = getattr(module, "reset_parameters", None)
-            if module is not self and callable(reset):
+            if module is not self and id(module) not in own and callable(reset):
                 reset()
 
     def materialize(self, device: torch.device | str) -> Model:
@@ -181,12 +185,14 @@ class Model(nn.Module):
     def fitting_weights(self, state: Mapping[str, Tensor]) -> StateDict:
         """`upgrade_state_dict`, and a check that names and shapes are this model's.
 
+        Experts that other ranks have are passed over.
+
         Nothing is copied: a backend whose ranks hold parts of the model takes them from the result.
 
         Raises:
             CheckpointError: they are not; the message names the first.
         """
-        state = self.upgrade_state_dict(state)
+        state = without_others(self, self.upgrade_state_dict(state))
         own = self.state_dict()
         for what, names in (
             ("lacks", sorted(own.keys() - state.keys())),

@@ -9,11 +9,12 @@ decoder-only model each derive theirs.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from fairseq_lite.config.flags import flag
 from fairseq_lite.errors import ConfigError
-from fairseq_lite.moe.flags import MoEConfig
+from fairseq_lite.moe.flags import MoEConfig, StackFlags
 from fairseq_lite.moe.options import MoEOptions
 
 Activation = Literal["gelu", "gelu_accurate", "gelu_fast", "linear", "relu", "tanh"]
@@ -31,6 +32,7 @@ class StackConfig:
         scale_attn, scale_fc, scale_heads, scale_resids: NormFormer's additions (Shleifer et al.
             2021), in decoder layers only; see `TransformerDecoderLayer`.
         moe: the experts of the layers that have some; None for a dense stack.
+        alternate: N and the inner width of every N-th layer, where it is not `ffn_embed_dim`.
     """
 
     embed_dim: int
@@ -59,12 +61,16 @@ class StackConfig:
     scale_heads: bool = False
     scale_resids: bool = False
     moe: MoEOptions | None = None
+    alternate: tuple[int, int] | None = None
 
     def for_layer(self, index: int) -> StackConfig:
         """What layer `index`, from 0, is built from: without `moe` where it has no experts."""
-        if self.moe is None or self.moe.has_experts(index):
-            return self
-        return dataclasses.replace(self, moe=None)
+        cfg = self
+        if self.alternate is not None and (index + 1) % self.alternate[0] == 0:
+            cfg = dataclasses.replace(cfg, ffn_embed_dim=self.alternate[1])
+        if self.moe is not None and not self.moe.has_experts(index):
+            cfg = dataclasses.replace(cfg, moe=None)
+        return cfg
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +136,9 @@ class TransformerConfig(MoEConfig):
         int(1e8), "--ddp-backend fully_sharded wraps only layers with at least this many parameters"
     )
     encoder_moe_freq: int = flag(0, "as --moe-freq, for the encoder's layers")
+    alternate_ffn_embed_dim: int = flag(
+        0, "as --alternate-decoder-ffn-embed-dim, for the encoder's layers"
+    )
 
     def __post_init__(self) -> None:
         check_heads("encoder", self.encoder_embed_dim, self.encoder_attention_heads)
@@ -148,6 +157,18 @@ class TransformerConfig(MoEConfig):
                 f"--decoder-output-dim {self.decoder_out_dim} must equal --decoder-embed-dim"
                 f" {self.decoder_dim} when the output projection shares the embeddings"
             )
+        self.check_experts()
+
+    def stacks(self) -> Mapping[str, StackFlags]:
+        encoder = StackFlags(
+            layers=self.encoder_layers,
+            freq=self.encoder_moe_freq,
+            layerdrop=self.encoder_layerdrop,
+            keeps_some=bool(self.encoder_layers_to_keep),
+            alternate_flag="--alternate-ffn-embed-dim",
+            alternate_width=self.alternate_ffn_embed_dim,
+        )
+        return {"encoder": encoder, "decoder": decoder_flags(self)}
 
     @property
     def decoder_dim(self) -> int:
@@ -193,7 +214,9 @@ class TransformerConfig(MoEConfig):
             final_norm=cfg.encoder_normalize_before,
             learned_pos=cfg.encoder_learned_pos,
             layerdrop=cfg.encoder_layerdrop,
-            moe=cfg.experts_of(cfg.encoder_moe_freq, cfg.encoder_ffn_embed_dim),
+            **mixture(
+                cfg, cfg.encoder_moe_freq, cfg.encoder_ffn_embed_dim, cfg.alternate_ffn_embed_dim
+            ),
             **for_every_stack(cfg),
         )
 
@@ -214,7 +237,7 @@ class TransformerConfig(MoEConfig):
             final_norm=cfg.decoder_normalize_before and not cfg.no_decoder_final_norm,
             learned_pos=cfg.decoder_learned_pos,
             layerdrop=cfg.decoder_layerdrop,
-            moe=cfg.experts_of(cfg.decoder_moe_freq, cfg.decoder_ffn_embed_dim),
+            **decoder_mixture(cfg, cfg.decoder_ffn_embed_dim),
         )
 
 
@@ -232,6 +255,37 @@ def for_every_stack(cfg: Any) -> dict[str, Any]:
         "offload_activations": cfg.offload_activations,
         "min_params_to_wrap": cfg.min_params_to_wrap,
     }
+
+
+def mixture(cfg: MoEConfig, freq: int, ffn_dim: int, alternate_width: int) -> dict[str, Any]:
+    """Fields of `StackConfig` that say which layers have experts, or another inner width instead.
+
+    Args:
+        cfg: the model's flags.
+        freq: --encoder-moe-freq or --decoder-moe-freq.
+        ffn_dim: inner width of the other layers.
+        alternate_width: --alternate-ffn-embed-dim or --alternate-decoder-ffn-embed-dim.
+    """
+    alternate = cfg.alternate_of(freq, alternate_width)
+    experts = None if alternate is not None else cfg.experts_of(freq, ffn_dim)
+    return {"moe": experts, "alternate": alternate}
+
+
+def decoder_mixture(cfg: MoEConfig, ffn_dim: int) -> dict[str, Any]:
+    """`mixture` of a decoder."""
+    return mixture(cfg, cfg.decoder_moe_freq, ffn_dim, cfg.alternate_decoder_ffn_embed_dim)
+
+
+def decoder_flags(cfg: Any) -> StackFlags:
+    """What the flags say of a decoder, for `MoEConfig`."""
+    return StackFlags(
+        layers=cfg.decoder_layers,
+        freq=cfg.decoder_moe_freq,
+        layerdrop=cfg.decoder_layerdrop,
+        keeps_some=bool(cfg.decoder_layers_to_keep),
+        alternate_flag="--alternate-decoder-ffn-embed-dim",
+        alternate_width=cfg.alternate_decoder_ffn_embed_dim,
+    )
 
 
 def depth(layers: int, keep: tuple[int, ...] | None) -> int:

@@ -198,13 +198,14 @@ def kept_layers(layers: nn.ModuleList, layerdrop: float, training: bool) -> Iter
     """The layers to run now: in training each is left out with probability `layerdrop`.
 
     All decisions are drawn at once and first, so they do not depend on the size of the batch.
+    Layers of experts always run: ranks draw each for itself, and have to meet in those.
     """
     if layerdrop <= 0.0 or not training:
         yield from layers
         return
     draws = torch.rand(len(layers)).tolist()
     for layer, draw in zip(layers, draws, strict=True):
-        if draw > layerdrop:
+        if draw > layerdrop or getattr(layer, "moe_layer", None) is not None:
             yield layer
 
 

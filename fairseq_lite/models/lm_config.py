@@ -7,6 +7,7 @@ the named architectures leave both unset, and unset they follow the decoder's wi
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from fairseq_lite.config.flags import flag
 from fairseq_lite.errors import ConfigError
@@ -16,10 +17,12 @@ from fairseq_lite.models.config import (
     check_depth,
     check_heads,
     check_probabilities,
+    decoder_flags,
+    decoder_mixture,
     depth,
     for_every_stack,
 )
-from fairseq_lite.moe.flags import MoEConfig
+from fairseq_lite.moe.flags import MoEConfig, StackFlags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +91,10 @@ class TransformerLMConfig(MoEConfig):
                 f"--share-decoder-input-output-embed needs equal widths: --decoder-input-dim"
                 f" {self.input_dim} and --decoder-output-dim {self.output_dim}"
             )
+        self.check_experts()
+
+    def stacks(self) -> Mapping[str, StackFlags]:
+        return {"decoder": decoder_flags(self)}
 
     @property
     def input_dim(self) -> int:
@@ -128,7 +135,7 @@ class TransformerLMConfig(MoEConfig):
             final_norm=cfg.decoder_normalize_before and not cfg.no_decoder_final_norm,
             learned_pos=cfg.decoder_learned_pos,
             layerdrop=cfg.decoder_layerdrop,
-            moe=cfg.experts_of(cfg.decoder_moe_freq, cfg.decoder_ffn_embed_dim),
+            **decoder_mixture(cfg, cfg.decoder_ffn_embed_dim),
             **for_every_stack(cfg),
             scale_attn=cfg.scale_attn,
             scale_fc=cfg.scale_fc,

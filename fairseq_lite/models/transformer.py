@@ -125,6 +125,10 @@ class _Stack(nn.Module):
         least = 0 if self.cfg.checkpoint_activations else self.cfg.min_params_to_wrap
         return [m for m in self.layers if sum(p.numel() for p in shared_parameters(m)) >= least]
 
+    def layers_to_compile(self) -> list[nn.Module]:
+        """The layers without experts, which have another number of rows in every batch."""
+        return [m for m in self.layers if getattr(m, "moe_layer", None) is None]
+
     def _run(self, layer: nn.Module, *args: Any) -> Any:
         checkpoint = self.cfg.checkpoint_activations and self.training
         return run_layer(layer, *args, checkpoint=checkpoint, offload=self.cfg.offload_activations)
@@ -186,7 +190,7 @@ class TransformerDecoder(_Stack):
         share_output: bool,
     ) -> None:
         super().__init__(cfg, embed_tokens, max_positions)
-        self._masks_padding = cfg.moe is not None and cfg.moe.router.mask_padding
+        self._has_experts = cfg.moe is not None
         self.project_out_dim = (
             XavierLinear(cfg.embed_dim, cfg.output_dim, bias=False)
             if cfg.embed_dim != cfg.output_dim
@@ -230,7 +234,7 @@ class TransformerDecoder(_Stack):
             if encoder_out.padding_mask is not None:
                 encoder_bias = attention_bias(encoder_out.padding_mask[:, None, None, :], x.dtype)
         chosen = self.layers[-1 if alignment_layer is None else alignment_layer]
-        padding = prev_output_tokens.eq(self.padding_idx) if self._masks_padding else None
+        padding = prev_output_tokens.eq(self.padding_idx) if self._has_experts else None
         extra: dict[str, Any] = {}
         reports = {} if encoder_out is None else dict(encoder_out.reports)
         for layer in kept_layers(self.layers, self.cfg.layerdrop, self.training):
@@ -382,7 +386,7 @@ class TransformerModel(DecodingModel):
         return [*self.encoder.layers_to_shard(), *self.decoder.layers_to_shard()]
 
     def layers_to_compile(self) -> list[nn.Module]:
-        return [*self.encoder.layers, *self.decoder.layers]
+        return [*self.encoder.layers_to_compile(), *self.decoder.layers_to_compile()]
 
     def tie_weights(self) -> None:
         if self.cfg.share_all_embeddings:

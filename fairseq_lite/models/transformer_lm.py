@@ -76,7 +76,7 @@ class TransformerLanguageModel(DecodingModel):
         return self.decoder.layers_to_shard()
 
     def layers_to_compile(self) -> list[nn.Module]:
-        return list(self.decoder.layers)
+        return self.decoder.layers_to_compile()
 
     def tie_weights(self) -> None:
         if self.cfg.share_decoder_input_output_embed:

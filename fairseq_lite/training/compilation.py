@@ -23,6 +23,7 @@ from fairseq_lite.config.core import RunConfig
 from fairseq_lite.errors import ConfigError, TrainingError
 from fairseq_lite.models.api import Model
 from fairseq_lite.parallel.api import Machine
+from fairseq_lite.parallel.experts import has_experts
 from fairseq_lite.parallel.fully_sharded.choice import FullyShardedConfig
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,11 @@ def compile_layers(model: Model, backend: str = "inductor") -> None:
         ConfigError: the architecture names no layers.
     """
     layers = model.layers_to_compile()
+    if not layers and has_experts(model):
+        raise ConfigError(
+            "--compile: every layer of the model has experts, and those run as they are written:"
+            " leave --compile out"
+        )
     if not layers:
         raise ConfigError(
             f"--compile: {type(model).__name__} does not say what its layers are"

@@ -26,6 +26,8 @@ TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 Values = Mapping[str, float]
+# Of each layer of experts, by name: numbers, and "load", the share of each expert.
+Layers = Mapping[str, Mapping[str, Any]]
 
 
 class _Dispensable(logging.Handler):
@@ -96,6 +98,19 @@ class Sink(ABC):
     def write(self, values: Values, tag: str, step: int) -> None:
         """Record `values` under `tag` at update `step`."""
 
+    def write_layers(self, layers: Layers, tag: str, step: int) -> None:
+        """Record what is known of layers of experts: their numbers as `moe/LAYER/KEY`."""
+        self.write(
+            {
+                f"moe/{name}/{key}": value
+                for name, values in layers.items()
+                for key, value in values.items()
+                if not isinstance(value, list)
+            },
+            tag,
+            step,
+        )
+
     def close(self) -> None:  # noqa: B027 - nothing to close is the usual case
         """Finish writing."""
 
@@ -125,17 +140,37 @@ class TensorBoard(Sink):
 
     def write(self, values: Values, tag: str, step: int) -> None:
         """See the base class."""
+        writer = self._writer(tag)
+        for key, value in values.items():
+            if key != "num_updates":
+                writer.add_scalar(key, value, step)
+        writer.flush()
+
+    def write_layers(self, layers: Layers, tag: str, step: int) -> None:
+        """The numbers, and `moe/LAYER/load`: a histogram with a bar for each expert."""
+        super().write_layers(layers, tag, step)
+        for name, values in layers.items():
+            shares = values["load"]
+            self._writer(tag).add_histogram_raw(
+                f"moe/{name}/load",
+                min=0,
+                max=len(shares),
+                num=sum(shares),
+                sum=sum(e * share for e, share in enumerate(shares)),
+                sum_squares=sum(e * e * share for e, share in enumerate(shares)),
+                bucket_limits=[e + 1 for e in range(len(shares))],
+                bucket_counts=shares,
+                global_step=step,
+            )
+
+    def _writer(self, tag: str) -> Any:
         if tag not in self._writers:
             try:
                 self._writers[tag] = self._make(os.path.join(self._logdir, tag))
             except OSError as e:
                 raise ConfigError(f"--tensorboard-logdir {self._logdir}: {e.strerror}") from None
             self._writers[tag].add_text("sys.argv", " ".join(sys.argv))
-        writer = self._writers[tag]
-        for key, value in values.items():
-            if key != "num_updates":
-                writer.add_scalar(key, value, step)
-        writer.flush()
+        return self._writers[tag]
 
     def close(self) -> None:
         """See the base class."""
@@ -212,6 +247,16 @@ class Progress:
         self._record(values, tag, num_updates)
         self._summary(values, tag)
 
+    def layers(self, layers: Layers, *, tag: str, num_updates: int) -> None:
+        """Report what becomes of tokens in layers of experts; nothing where there are none.
+
+        Call it after `log` or `summary`, with the same tag.
+        """
+        if layers:
+            for sink in self._sinks:
+                sink.write_layers(layers, tag, num_updates)
+            self._layers(layers, tag, num_updates)
+
     def close(self) -> None:
         """The pass is over."""
 
@@ -221,6 +266,9 @@ class Progress:
 
     def _log(self, values: Values, tag: str) -> None:
         """Show values in the middle of the pass."""
+
+    def _layers(self, layers: Layers, tag: str, num_updates: int) -> None:
+        """Show layers of experts; too much for the screen in most formats."""
 
     def _summary(self, values: Values, tag: str) -> None:
         text = " | ".join(f"{key} {value}" for key, value in formatted(values).items())
@@ -267,6 +315,12 @@ class JsonProgress(Progress):
         where = {} if self.epoch is None else {"epoch": self.epoch}
         named = {f"{tag}_{key}": value for key, value in formatted(values).items()}
         logging.getLogger(tag).info(json.dumps({**where, **named}))
+
+    def _layers(self, layers: Layers, tag: str, num_updates: int) -> None:
+        """A line for each. The key is not num_updates, by which readers find the other lines."""
+        where = {"split": tag, "epoch": self.epoch, "updates": num_updates}
+        for name, values in layers.items():
+            logging.getLogger("moe").info(json.dumps({**where, "layer": name, **values}))
 
 
 class TqdmProgress(Progress):

@@ -12,18 +12,31 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-Derive = Callable[[Mapping[str, float]], Mapping[str, float]]
+Derive = Callable[[Mapping[str, Any]], Mapping[str, float]]
 Clock = Callable[[], float]
 
 #: Digits a value is rounded to before it is printed; what is not here is not rounded.
 DIGITS: Mapping[str, int] = {
     "loss": 3,
+    "inner_loss": 3,
     "nll_loss": 3,
     "ppl": 2,
     "accuracy": 3,
     "bleu": 2,
+    "moe_gate_loss": 8,
+    "moe_z_loss": 8,
+    "overflow_expert1": 3,
+    "overflow_expert2": 3,
+    "entropy_gating": 3,
+    "expert1_balance_top": 3,
+    "expert1_balance_bottom": 3,
+    "unused_expert1_count": 3,
+    "expert2_balance_top": 3,
+    "expert2_balance_bottom": 3,
+    "unused_expert2_count": 3,
     "wps": 1,
     "ups": 2,
     "wpb": 1,
@@ -104,7 +117,7 @@ class Meters:
         self._clear()
 
     def _clear(self) -> None:
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, Any] = {}
         self.batches = 0
         self.updates = 0
         self.gnorm = 0.0
@@ -112,17 +125,20 @@ class Meters:
         self.train_wall: float | None = None
         self.latest: dict[str, float] = {}
 
+    def start(self) -> None:
+        """Count tokens a second from now on; otherwise from the end of the first batch on."""
+        self._wps.reset()
+
     def add(self, sums: Mapping[str, Any], batches: int = 1) -> None:
         """Add the sums of a batch (over all ranks and micro-batches).
 
         Args:
             sums: `loss`, `ntokens`, `nsentences`, `sample_size` and what else the criterion and the
-                task count; numbers or one-element tensors.
+                task count; numbers, one-element tensors or vectors.
             batches: how many batches the sums stand for; `wpb` and `bsz` are means over them.
         """
         for key, value in sums.items():
-            number = value.item() if isinstance(value, Tensor) else float(value)
-            self.sums[key] = self.sums.get(key, 0.0) + number
+            self.sums[key] = self.sums.get(key, 0.0) + _summand(value)
         self.batches += batches
         self._wps.add(float(sums.get("ntokens", 0)))
 
@@ -210,7 +226,8 @@ class Meters:
                     count = weight if key == "loss" else tokens
                     rows.append(_mean(10, key, value * count, count, value))
         for key, value in self.sums.items():
-            rows.append(_mean(10, f"_{key}", value, self.batches, value))
+            stored = value.tolist() if isinstance(value, Tensor) else value
+            rows.append(_mean(10, f"_{key}", stored, self.batches, stored))
         for key, rate, digits in (("wps", self._wps, 1), ("ups", self._ups, 2)):
             if rate.started:
                 state = {"init": rate.seconds, "n": rate.n, "round": digits}
@@ -258,7 +275,7 @@ class Meters:
 
 
 def _mean(
-    priority: int, key: str, total: float, count: float, value: float
+    priority: int, key: str, total: Any, count: float, value: Any
 ) -> tuple[int, str, str, dict[str, Any]]:
     state = {"val": value, "sum": total, "count": count, "round": DIGITS.get(key)}
     return (priority, key, "AverageMeter", state)
@@ -268,11 +285,20 @@ def _number(value: Any) -> float:
     return float(value.item() if hasattr(value, "item") else value)
 
 
-def _sums(meters: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+def _summand(value: Any) -> Any:
+    """A number as float; a vector, also one that was stored as a list, as it is to be added."""
+    if isinstance(value, list):
+        return torch.tensor(value, dtype=torch.float64)
+    if isinstance(value, Tensor) and value.numel() > 1:
+        return value.detach().to("cpu", torch.float64)
+    return _number(value)
+
+
+def _sums(meters: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Our own sums; without them, what can be had from fairseq's means (base 2, so times ln 2)."""
     if "_sample_size" in meters:
-        return {key[1:]: _number(state["sum"]) for key, state in meters.items() if key[:1] == "_"}
-    sums: dict[str, float] = {}
+        return {key[1:]: _summand(state["sum"]) for key, state in meters.items() if key[:1] == "_"}
+    sums: dict[str, Any] = {}
     ln2 = 0.6931471805599453
     for key, total, counts in (
         ("loss", "loss", "sample_size"),

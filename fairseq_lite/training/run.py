@@ -23,6 +23,7 @@ from fairseq_lite.config.core import RunConfig
 from fairseq_lite.config.serial import to_plain
 from fairseq_lite.data.iterators import EpochBatchIterator, GroupedIterator
 from fairseq_lite.errors import ConfigError, TrainingError
+from fairseq_lite.moe.watch import shown_layers
 from fairseq_lite.parallel.world import World
 from fairseq_lite.tasks.api import BatchLimits, Sample, build_task, resolve_max_positions
 from fairseq_lite.training.allocator import keep_freed_memory
@@ -32,7 +33,7 @@ from fairseq_lite.training.checkpoint.manager import CheckpointManager, Restored
 from fairseq_lite.training.decisions import decide
 from fairseq_lite.training.ema import MovingAverage
 from fairseq_lite.training.loggers import Progress, ProgressLogs, setup_logging
-from fairseq_lite.training.metrics import TrainMetrics, valid_report
+from fairseq_lite.training.metrics import Meters, TrainMetrics, valid_report
 from fairseq_lite.training.profiling import UpdateProfiler, profiled
 from fairseq_lite.training.state import EarlyStopping, is_better
 from fairseq_lite.training.trainer import Trainer
@@ -195,6 +196,7 @@ class TrainingRun:
                 tag="train",
                 num_updates=self.state.num_updates,
             )
+            self._log_layers(progress, self.metrics.epoch, "train")
         self.metrics.epoch.reset()
         return metric, stop
 
@@ -229,8 +231,13 @@ class TrainingRun:
             progress.log(
                 self.metrics.report(self.metrics.inner), tag="train_inner", num_updates=num_updates
             )
+            self._log_layers(progress, self.metrics.inner, "train_inner")
             self.metrics.inner.reset()
         return True
+
+    def _log_layers(self, progress: Progress, meters: Meters, tag: str) -> None:
+        """What became of tokens in layers of experts, if there are any."""
+        progress.layers(shown_layers(meters.sums), tag=tag, num_updates=self.state.num_updates)
 
     def _after_update(
         self, data: EpochBatchIterator, groups: GroupedIterator, updated: bool
@@ -298,6 +305,7 @@ class TrainingRun:
                     best=self._best_after(metrics[0]) if len(metrics) == 1 else None,
                 )
                 progress.summary(values, tag=subset, num_updates=self.state.num_updates)
+                self._log_layers(progress, meters, subset)
         return metrics[0] if metrics else None
 
     def _metric(self, values: dict[str, float], subset: str) -> float:
@@ -322,7 +330,7 @@ class TrainingRun:
     def _restore(self) -> EpochBatchIterator:
         """Take over a checkpoint if there is one; returns the data from where it stopped."""
         trainer, state = self.trainer, self.state
-        self.checkpoints.prepare()
+        self.checkpoints.prepare(trainer.model)
         average = trainer.average
         restored = self.checkpoints.load(
             trainer.model,

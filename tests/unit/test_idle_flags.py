@@ -92,6 +92,7 @@ def test_the_tables_name_fields_that_exist():
             known |= {f.name for f in dataclasses.fields(config)}
     for task in ("translation", "language_modeling"):
         known |= {f.name for f in dataclasses.fields(registries["task"].get(task).config)}
+    known |= {f.name for f in dataclasses.fields(registries["model"].get("transformer").config)}
     known |= {
         f.name for f in dataclasses.fields(registries["ddp_backend"].get("fully_sharded").config)
     }
