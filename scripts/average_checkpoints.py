@@ -5,8 +5,8 @@ r"""Average the weights of several checkpoints into one.
         --output avg.pt
     python scripts/average_checkpoints.py --inputs a.pt b.pt c.pt --output avg.pt
 
-Reads fairseq's checkpoints as well as ours, in one file or in shards, one at a time. Everything but
-the weights is the first one's.
+Reads fairseq's checkpoints as well as ours, in one file, in shards or in the parts of a mixture of
+experts, one at a time. The output is one file; everything but the weights is the first one's.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def last_checkpoints(
 
 
 def _checkpoints(folder: Path) -> list[str]:
-    """The checkpoints in a folder, those in shards by the name they have together."""
+    """The checkpoints in a folder, those in several files by the name they have together."""
     return parts.whole_names(path.name for path in folder.glob("*.pt"))
 
 

@@ -1,14 +1,16 @@
 #!/usr/bin/env python
-r"""Make one checkpoint file of shards, as --use-sharded-state or fairseq's FSDP wrote them.
+r"""Make one checkpoint file of several: of shards, or of a model with experts.
 
     python scripts/consolidate_shards.py checkpoints/checkpoint_last
     python scripts/consolidate_shards.py checkpoints/checkpoint_best --output best.pt \
         --no-optimizer-state
 
-Every tensor is compared with the hash it was written with; a shard that is missing, damaged or of
-another save ends the script with one line and status 2, and nothing is written. Tensors are put
-together in a file beside the output, so memory need not hold the model. Of fairseq's shards the
-weights are taken; their optimizer state has no names and is left out.
+Takes what --use-sharded-state wrote (-shardN), what training a mixture of experts wrote (-shared
+and -expertN), and the same of fairseq's FSDP (-shardN) and gshard (-shared and -rank-N). Every
+tensor is compared with the hash it was written with; a file that is missing, damaged or of another
+save ends the script with one line and status 2, and nothing is written. Tensors are put together in
+a file beside the output, so memory need not hold the model. Of fairseq's files the weights are
+taken; their optimizer state has no names and is left out.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from fairseq_lite_cli.entry import run_command
 
 
 def consolidate(path: Path, output: Path, *, optimizer: bool = True) -> tuple[int, int]:
-    """Write the shards of a checkpoint as one file.
+    """Write the parts of a checkpoint as one file.
 
     Args:
         path: the checkpoint's name, as `checkpoint_last.pt`.
@@ -34,7 +36,7 @@ def consolidate(path: Path, output: Path, *, optimizer: bool = True) -> tuple[in
         optimizer: whether to write the optimizer's state.
 
     Returns:
-        How many shards and how many tensors of the model there were.
+        How many parts and how many tensors of the model there were.
 
     Raises:
         CheckpointError: there are none, or one is missing, damaged or of another save.
@@ -53,7 +55,7 @@ def consolidate(path: Path, output: Path, *, optimizer: bool = True) -> tuple[in
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse and write."""
-    parser = argparse.ArgumentParser(description="Make one checkpoint file of shards.")
+    parser = argparse.ArgumentParser(description="Make one checkpoint file of several.")
     parser.add_argument(
         "prefix", type=Path, help="the checkpoint: checkpoints/checkpoint_last, with or without .pt"
     )
@@ -67,12 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = parts.with_ending(args.prefix)
     whole = parts.whole_name(path)
     output = args.output or whole.with_name(f"{whole.stem}_consolidated{whole.suffix}")
-    # A name of the shards themselves, so that a whole file beside them does not come first.
-    shards = whole.with_name(f"{whole.stem}-shard0{whole.suffix}")
+    # The name of a part, so that a whole file beside them does not come first.
+    of_parts = [file for file in parts.part_files(whole).values() if file != whole]
     count, tensors = consolidate(
-        shards if shards.exists() else path, output, optimizer=not args.no_optimizer_state
+        of_parts[0] if of_parts else path, output, optimizer=not args.no_optimizer_state
     )
-    print(f"{output}: {count} shards, {tensors} tensors of the model")
+    print(f"{output}: {count} files, {tensors} tensors of the model")
 
 
 if __name__ == "__main__":

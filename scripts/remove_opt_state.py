@@ -5,10 +5,10 @@
     python scripts/remove_opt_state.py checkpoints/checkpoint_best.pt
     python scripts/remove_opt_state.py model.pt --output small.pt
 
-The first form takes all files of a checkpoint, one or many (`-shard0`, `-rank-0`, `-shared`), and
-writes each to DEST as `checkpoint_eval` with the same ending; without DEST, beside them. The others
-take files by their names, and without --output replace them. Such a checkpoint still translates
-and can be fine-tuned; a run that goes on from it starts its optimizer anew.
+The first form takes all files of a checkpoint, one or many (`-shard0`; `-shared` and `-expert0`;
+`-rank-0`), and writes each to DEST as `checkpoint_eval` with the same ending; without DEST, beside
+them. The others take files by their names, and without --output replace them. Such a checkpoint
+still translates and can be fine-tuned; a run that goes on from it starts its optimizer anew.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def files_of(prefix: Path) -> dict[str, Path]:
         prefix: its name without `.pt`.
 
     Raises:
-        CheckpointError: there are none, or a shard is missing or of another save.
+        CheckpointError: there are none, or a part is missing or of another save.
     """
     found = {
         path.name.removeprefix(prefix.name).removesuffix(".pt"): path
@@ -50,8 +50,9 @@ def files_of(prefix: Path) -> dict[str, Path]:
         found[""] = whole
     if not found:
         raise CheckpointError(f"{prefix}: no checkpoint of this name")
-    if "-shard0" in found or "-shard1" in found:
-        parts.check_complete(found.get("-shard0") or found["-shard1"])
+    of_parts = [path for path in found.values() if parts.whole_name(path) == whole]
+    if any(path != whole for path in of_parts):
+        parts.check_complete(next(path for path in of_parts if path != whole))
     return found
 
 
@@ -67,8 +68,10 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
             raise ConfigError("--output takes one checkpoint")
         for path in paths:
             files = [path] if path.is_file() else list(parts.readable_files(path).values())
+            if files and files != [path]:
+                parts.check_complete(path)
             if args.output is not None and len(files) > 1:
-                raise ConfigError(f"--output {args.output}: {path} is shards; give PREFIX DEST")
+                raise ConfigError(f"--output {args.output}: {path} is several; give PREFIX DEST")
             yield from ((file, args.output or file) for file in files or [path])
         return
     if args.output is not None or len(paths) > 2 or (len(paths) == 2 and args.save_dir):

@@ -20,13 +20,14 @@ from fairseq_lite.config.core import RunConfig
 from fairseq_lite.errors import ConfigError
 from fairseq_lite.parallel.experts import expert_parameters, shared_parameters
 from fairseq_lite.parallel.free import free_running
+from fairseq_lite.parallel.shards.experts import Spread
 from fairseq_lite.parallel.world import World
 from fairseq_lite.registry import Registry
 
 BACKENDS = Registry("distributed backend", "--ddp-backend")
 
 M = TypeVar("M", bound=nn.Module)
-O = TypeVar("O", bound="StatefulOptimizer")
+OptimizerT = TypeVar("OptimizerT", bound="StatefulOptimizer")
 
 MAIN_PART = "model"
 """The name of the part that is a complete checkpoint by itself."""
@@ -90,6 +91,10 @@ class PartReader(ABC):
         Raises:
             CheckpointError: the part is missing or damaged. Never a fresh start instead.
         """
+
+    def open(self, name: str) -> Part:
+        """As `read`, compared with no checksum: for those who call `verify`, too."""
+        return self.read(name)
 
     def where(self, name: str) -> str:
         """What messages call a part, present or not: its file."""
@@ -198,7 +203,7 @@ class Backend(ABC):
             made after this.
         """
 
-    def adapt_optimizer(self, model: nn.Module, optimizer: O) -> O:
+    def adapt_optimizer(self, model: nn.Module, optimizer: OptimizerT) -> OptimizerT:
         """The optimizer to train with, for a backend whose ranks update different parts.
 
         Args:
@@ -249,6 +254,25 @@ class Backend(ABC):
         trained = sum(n for n, needs_gradient in mine if needs_gradient)
         summed = self.world.sum({"all": sum(n for n, _ in mine), "trained": trained})
         return int(summed["all"]), int(summed["trained"])
+
+    def writes(self, model: nn.Module | None) -> bool:
+        """Whether this rank writes parts of a checkpoint.
+
+        Args:
+            model: what `wrap` returned; None: it is not known.
+        """
+        spread = None if model is None else self.spread(model)
+        if self.writes_shards or self.world.is_main:
+            return True
+        return spread is not None and len(spread.written_by(self.world.rank)) > 0
+
+    def spread(self, model: nn.Module) -> Spread | None:
+        """How the experts of a model lie on the ranks, by names of its state; None: it has none.
+
+        Args:
+            model: what `wrap` returned.
+        """
+        return Spread.of(model)
 
     def whole(self, model: nn.Module) -> AbstractContextManager[None]:
         """Inside, every rank may call any submodule with whole weights, without the others.

@@ -39,7 +39,7 @@ from fairseq_lite.parallel.experts import (
 )
 from fairseq_lite.parallel.local import norm_of
 from fairseq_lite.parallel.plan import common_reasons
-from fairseq_lite.parallel.shards import pieces
+from fairseq_lite.parallel.shards import parted, pieces
 from fairseq_lite.parallel.shards.spans import parameter_names
 
 # Elements in one buffer, and buffers on their way at a time. Large enough that latency does not
@@ -172,6 +172,10 @@ class LegacyDDP(Backend):
         optimizer: StatefulOptimizer | None,
         average: Mapping[str, Tensor] | None = None,
     ) -> Mapping[str, Part]:
+        spread = self.spread(model)
+        if spread is not None:
+            holds = parted.plain_holding(model, optimizer, average)
+            return parted.whole_parts(self.world, holds, spread)
         if not self.world.is_main:
             return {}
         state = None if optimizer is None else optimizer.state_dict()
@@ -185,12 +189,14 @@ class LegacyDDP(Backend):
         parts: PartReader,
         average: Mapping[str, Tensor] | None = None,
     ) -> None:
+        spread = self.spread(model)
+        if spread is not None:
+            parted.load(self.world, model, optimizer, parts, average, spread)
+            return
         part, error = None, None
         if self.world.is_main:
             try:
-                for name in parts.names():
-                    if pieces.shard_number(name) is not None:  # reading one compares nothing
-                        parts.verify(name)
+                pieces.verify_all(parts)
                 part = pieces.whole(parts)
                 _load_weights(model, part.model)
                 if optimizer is not None and part.optimizer is not None:

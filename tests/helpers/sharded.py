@@ -22,8 +22,8 @@ from fairseq_lite.parallel.shards import exchange as shards
 from fairseq_lite.parallel.shards.pieces import (
     assembled,
     in_memory,
-    is_sharded,
-    open_shards,
+    is_in_parts,
+    open_parts,
     tensors_of,
 )
 from fairseq_lite.parallel.shards.spans import digest
@@ -132,8 +132,8 @@ def write(world: World, path: Path, own: Mapping[str, Part], mark: str) -> None:
 def whole_part(path: Path) -> Part:
     """All that a checkpoint holds, whole, under names."""
     files = parts.CheckpointFiles(path)
-    if is_sharded(files):
-        return assembled(open_shards(files), in_memory)
+    if is_in_parts(files):
+        return assembled(open_parts(files), in_memory)
     return files.read("model")
 
 

@@ -34,7 +34,8 @@ SCRIPT = textwrap.dedent(
     from fairseq_lite.config.core import CheckpointConfig
     from fairseq_lite.errors import CheckpointError
     from fairseq_lite.parallel.api import MAIN_PART, Part
-    from fairseq_lite.parallel.shards.pieces import shard_name, to_part
+    from fairseq_lite.parallel.shards.pieces import to_part
+    from fairseq_lite.parallel.shards.sets import shard_name
     from fairseq_lite.parallel.shards.spans import Holding, Span
     from fairseq_lite.training.checkpoint import parts, store
     from fairseq_lite.training.checkpoint.writing import CheckpointWriter, Job

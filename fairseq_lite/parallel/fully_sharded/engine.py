@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fairseq_lite.parallel.api import Backend, Part, StatefulOptimizer
 from fairseq_lite.parallel.local import norm_of
-from fairseq_lite.parallel.shards import exchange
+from fairseq_lite.parallel.shards import exchange, parted
 from fairseq_lite.parallel.shards.spans import Holding
 from fairseq_lite.parallel.world import World
 
@@ -44,8 +44,12 @@ class Engine(Backend):
         optimizer: StatefulOptimizer | None,
         average: Mapping[str, Tensor] | None = None,
     ) -> Mapping[str, Part]:
-        write = exchange.shard if self.writes_shards else exchange.gather
-        return write(self.world, self.holding(model, optimizer, average))
+        holds, spread = self.holding(model, optimizer, average), self.spread(model)
+        if self.writes_shards:
+            return exchange.shard(self.world, holds, spread)
+        if spread is not None:
+            return parted.expert_parts(self.world, holds, spread)
+        return exchange.gather(self.world, holds)
 
     def crash_parts(
         self,
@@ -53,4 +57,5 @@ class Engine(Backend):
         optimizer: StatefulOptimizer | None,
         average: Mapping[str, Tensor] | None = None,
     ) -> Mapping[str, Part]:
-        return exchange.shard(self.world, self.holding(model, optimizer, average))
+        holds = self.holding(model, optimizer, average)
+        return exchange.shard(self.world, holds, self.spread(model))

@@ -61,6 +61,16 @@ class Stored:
             )
         self.spans = kept or self.spans[:1]
 
+    def copy_to(self, target: Span) -> None:
+        """Overwrite a stretch of the tensor with the numbers stored."""
+        end = target.start + target.values.numel()
+        for span in self.spans:
+            first = max(span.start, target.start)
+            last = min(span.start + span.values.numel(), end)
+            if first < last:
+                source = span.values[first - span.start : last - span.start]
+                target.values[first - target.start : last - target.start].copy_(source)
+
     def read(self, allocate: Allocate) -> Tensor:
         """The whole tensor; the stored one itself where a single shard has all of it."""
         if len(self.spans) == 1:

@@ -20,8 +20,9 @@ from fairseq_lite.config.flags import coerce
 from fairseq_lite.config.serial import plain
 from fairseq_lite.errors import CheckpointError, ConfigError
 from fairseq_lite.models.lm_config import TransformerLMConfig
+from fairseq_lite.moe.flags import MoEConfig, is_moe_field
 from fairseq_lite.registry import Registry, near
-from fairseq_lite.training.checkpoint import fairseq_defaults
+from fairseq_lite.training.checkpoint import fairseq_defaults, parts
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,9 @@ _SCALES = {
     "scale_heads": ".c_attn",
     "scale_resids": ".w_resid",
 }
+
+# gshard's default of --moe-eval-capacity-token-fraction.
+_GSHARD_CAPACITY = 0.25
 
 _INTERPOLATION = re.compile(r"\$\{([A-Za-z0-9_.]+)\}")
 
@@ -166,7 +170,9 @@ def _model(run: RunConfig, cfg: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _language_model(run: RunConfig) -> dict[str, Any]:
     """The model's fields, and those of its task that fairseq builds it from."""
-    own = _as_pruned({k: _like(k, v) for k, v in vars(run.model.config.resolved()).items()})
+    config = run.model.config
+    own = _as_pruned({k: _like(k, v) for k, v in vars(config.resolved()).items()})
+    own = _without_mixture(own, config)
     task = _fields(run.task)
     repeated = ("add_bos_token", "tokens_per_sample")
     longest = (
@@ -192,6 +198,7 @@ def _flat_model(run: RunConfig, cfg: Mapping[str, Any]) -> dict[str, Any]:
     for name, flat_name in _CHOICES.items():
         flat[flat_name] = cfg[name].get("_name") if cfg[name] else None
     own = {k: _like(k, v) for k, v in _fields(run.model).items()}
+    own = _without_mixture(own, run.model.config)
     if "encoder_embed_dim" in own and "decoder_layers" in own:
         flat.update(fairseq_defaults.TRANSFORMER)
         own = _resolved(own)
@@ -212,6 +219,16 @@ def _resolved(own: dict[str, Any]) -> dict[str, Any]:
     if result.get("share_all_embeddings"):
         result["share_decoder_input_output_embed"] = True
     return result
+
+
+def _without_mixture(own: dict[str, Any], config: Any) -> dict[str, Any]:
+    """The fields that fairseq's main branch knows too, where no flag of mixtures of experts is set.
+
+    Its dataclasses take no others.
+    """
+    if not isinstance(config, MoEConfig) or config.moe_fields_set():
+        return own
+    return {k: v for k, v in own.items() if not is_moe_field(k)}
 
 
 def _as_pruned(own: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,6 +300,8 @@ def saved_config(
     """
     cfg = cfg_of(state, path)
     _forget_lost_scales(cfg, state.get("model"))
+    if not parts.own(state):
+        _as_gshard_computes(cfg)
     _override(cfg, overrides or {}, registries)
     _refuse_not_built(cfg, path, registries)
     choices = {
@@ -444,6 +463,20 @@ def _forget_lost_scales(cfg: Mapping[str, Any], weights: object) -> None:
     for name, ending in _SCALES.items():
         if model.get(name) and not any(key.endswith(ending) for key in weights):
             model[name] = False
+
+
+def _as_gshard_computes(cfg: Mapping[str, Any]) -> None:
+    """Make the flags of a mixture of experts that fairseq's gshard wrote say what it computes.
+
+    Its experts are as wide as other layers, whatever --moe-expert-ffn-dim says. Its default
+    --moe-eval-capacity-token-fraction lets a sentence's result depend on its batch: here that has
+    to be asked for.
+    """
+    model = cfg.get("model")
+    if isinstance(model, dict):
+        model.pop("moe_expert_ffn_dim", None)
+        if model.get("moe_eval_capacity_token_fraction") == _GSHARD_CAPACITY:
+            del model["moe_eval_capacity_token_fraction"]
 
 
 def _override(

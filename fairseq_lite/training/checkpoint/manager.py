@@ -26,6 +26,7 @@ from fairseq_lite.errors import CheckpointError, ConfigError, FliteError
 from fairseq_lite.optim.api import Optimizer, Schedule
 from fairseq_lite.parallel.agreement import on_main, together
 from fairseq_lite.parallel.api import Backend, Part
+from fairseq_lite.parallel.shards import sets
 from fairseq_lite.parallel.world import World
 from fairseq_lite.tasks.api import Task
 from fairseq_lite.training.checkpoint import bundle, convert, naming, parts, store
@@ -146,16 +147,19 @@ class CheckpointManager:
 
     # -- before training ------------------------------------------------------------------------
 
-    def prepare(self) -> None:
+    def prepare(self, model: nn.Module | None = None) -> None:
         """Make the folder ready and complete: the configuration and the model's files go in first.
+
+        Args:
+            model: what will be saved: of one with experts more ranks write.
 
         Raises:
             CheckpointError: the folder cannot be written.
         """
-        self._together(self._prepare)
+        self._together(lambda: self._prepare(model))
 
-    def _prepare(self) -> None:
-        if self._cfg.no_save or not (self._world.is_main or self._backend.writes_shards):
+    def _prepare(self, model: nn.Module | None) -> None:
+        if self._cfg.no_save or not (self._world.is_main or self._backend.writes(model)):
             return
         store.check_writable(self._folder)
         if not self._world.is_main:
@@ -234,7 +238,8 @@ class CheckpointManager:
     def _states(self, saving: Saving, own: Mapping[str, Part], save: str) -> dict[str, Any]:
         header = self._header(saving) if own else {}
         return {
-            name: _with_part(header, part, saving.loss_scale, save) for name, part in own.items()
+            name: _with_part(_header_for(header, part), part, saving.loss_scale, save)
+            for name, part in own.items()
         }
 
     def _header(self, saving: Saving) -> dict[str, Any]:
@@ -406,14 +411,13 @@ def _named(path: str, flag: str, folder: Path | None = None) -> Path:
 
 def _first_state(files: parts.CheckpointFiles) -> dict[str, Any]:
     """The first part of a checkpoint, with the fields older versions of fairseq lack."""
-    first = files.names()[0]
-    return convert.upgraded_state(files.state(first), files.where(first))
+    return convert.upgraded_state(files.header(), files.where(sets.head(files.names())))
 
 
 def _header_of(state: Mapping[str, Any]) -> dict[str, Any]:
     """What every rank needs to know of a checkpoint: little, and no weights."""
-    # fairseq's shards number the state of flat parameters, which have no names.
-    optimizer = None if parts.is_flat_shard(state) else state.get("last_optimizer_state")
+    # In several files of fairseq's the state goes by positions, not by names.
+    optimizer = None if parts.has_numbered_state(state) else state.get("last_optimizer_state")
     averages = (parts.AVERAGE_KEY, parts.WIDE_AVERAGE_KEY)
     extra = dict(parts.own(state).get("extra") or {})
     older = extra.pop("ema", None)  # where this project kept the moving average at first
@@ -467,6 +471,19 @@ def _restored(
         extra={} if resets.optimizer else header["extra"],
         loss_scale=header["loss_scale"] if use_optimizer else None,
     )
+
+
+def _header_for(header: Mapping[str, Any], part: Part) -> Mapping[str, Any]:
+    """What a part's file says of the run; those of experts, of which there may be many, little."""
+    if "expert" not in part.manifest:
+        return header
+    own = {key: header[parts.OWN_KEY][key] for key in ("format", "version")}
+    return {
+        "model": OrderedDict(),
+        "optimizer_history": header["optimizer_history"],
+        "extra_state": {},
+        parts.OWN_KEY: own,
+    }
 
 
 def _with_part(

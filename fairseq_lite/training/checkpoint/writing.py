@@ -16,7 +16,6 @@ from fairseq_lite.config.core import CheckpointConfig
 from fairseq_lite.errors import FliteError
 from fairseq_lite.parallel.agreement import together
 from fairseq_lite.parallel.api import MAIN_PART
-from fairseq_lite.parallel.shards.pieces import shard_name
 from fairseq_lite.parallel.world import World
 from fairseq_lite.training.checkpoint import naming, parts, store
 
@@ -130,9 +129,8 @@ class CheckpointWriter:
         Rank 0 sees to all files, others to their own: a folder may be a machine's.
         """
         if self._world.is_main:
-            shards = set(map(shard_name, range(self._world.size)))
+            kept = parts.all_parts(job.states)  # rank 0 always writes one of them
             for name in job.names:
-                kept = job.states if MAIN_PART in job.states else shards
                 parts.remove_others(self._folder / name, kept)
         if not (self._world.is_main or job.states):
             return
@@ -150,6 +148,6 @@ def _rename(files: Mapping[str, Path]) -> None:
 
 
 def ready(part: str, state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A file's content on the CPU; that of a shard with the hashes of its tensors."""
+    """A file's content on the CPU; that of one of several with the hashes of its tensors."""
     state = store.to_cpu(state)
     return state if part == MAIN_PART else parts.sealed(state, path)
