@@ -9,7 +9,7 @@ Axes: E experts, K choices of a token.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,26 +34,31 @@ def report_sums(reports: Mapping[str, RouterReport], *, training: bool) -> dict[
         training: whether the balance of each batch counts, as in the loss, or, in evaluation, that
             of all of them together, which does not depend on how they are cut.
     """
+    alike: dict[torch.Size, list[str]] = {}
+    for name, report in reports.items():
+        alike.setdefault(report.wanted.shape, []).append(name)
+    vectors: dict[str, Tensor] = {}
+    for names in alike.values():
+        rows = _matrix([reports[name] for name in names], training)
+        vectors.update(zip(names, rows, strict=True))
     return {
-        f"{_PREFIX}{report.wanted.size(0)}.{name}": _vector(report, training)
+        f"{_PREFIX}{report.wanted.size(0)}.{name}": vectors[name]
         for name, report in reports.items()
     }
 
 
-def _vector(report: RouterReport, training: bool) -> Tensor:
-    tokens = report.tokens.double()
+def _matrix(reports: Sequence[RouterReport], training: bool) -> Sequence[Tensor]:
+    """The vectors of layers of one shape, made together: as few kernels as for one layer."""
+
+    def each(field: str) -> Tensor:
+        values = torch.stack([getattr(report, field).detach() for report in reports])
+        return values.double().view(len(reports), -1)
+
+    tokens = each("tokens")
     counted = tokens if training else torch.zeros_like(tokens)
-    single = torch.stack(
-        [
-            tokens,
-            report.entropy,
-            counted,
-            counted * report.balance.detach(),
-            tokens * report.z.detach(),
-        ]
-    )
-    parts = (report.load, report.wanted.flatten(), report.probability, report.dropped, single)
-    return torch.cat([part.double() for part in parts])
+    parts = [each(field) for field in ("load", "wanted", "probability", "dropped")]
+    parts += [tokens, each("entropy"), counted, counted * each("balance"), tokens * each("z")]
+    return torch.cat(parts, dim=1).unbind(0)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,11 @@ FEATURES: dict[str, tuple[str, ...]] = {
         *("--optimizer", "adafactor", "--lr-scheduler", "polynomial_decay"),
         *("--total-num-update", "10"),
     ),
+    "experts": (
+        *("--moe-freq", "1", "--moe-expert-count", "4", "--use-moe-pad-mask"),
+        *("--moe-batch-prioritized-routing", "--checkpoint-activations"),
+        *("--criterion", "moe_label_smoothed_cross_entropy", "--label-smoothing", "0.1"),
+    ),
     "small-memory": ("--checkpoint-activations", "--encoder-layerdrop", "0.2"),
     # Of fully_sharded; other backends do not know the flags.
     "offload": (

@@ -51,7 +51,7 @@ def test_what_cannot_run_says_why():
 @pytest.mark.parametrize("backend", backends())
 def test_every_value_of_every_axis_is_run(backend):
     run = [row for row, reason in TABLE if reason is None and row.backend == backend]
-    others = {"offload", "shards"} if backend == "legacy_ddp" else set()
+    others = set() if backend == "fully_sharded" else {"offload", "shards"}
     for size in WORLD_SIZES:
         of_size = [row for row in run if row.world_size == size]
         assert {row.precision for row in of_size} >= set(PRECISIONS) - {"amp"}

@@ -85,8 +85,8 @@ def test_the_formula(base: str, method: str, sentence_avg: bool) -> None:
     shown = criterion.metrics(added(sums))
     assert shown["loss"] == pytest.approx(float(loss.detach()) / size / math.log(2))
     assert shown["inner_loss"] == pytest.approx(float(plain.detach()) / size / math.log(2))
-    assert shown["moe_gate_loss"] == pytest.approx(share * float(balance), rel=1e-5)
-    assert shown["moe_z_loss"] == pytest.approx(share * float(z), rel=1e-5)
+    assert shown["moe_gate_loss"] == pytest.approx(share * float(balance.detach()), rel=1e-5)
+    assert shown["moe_z_loss"] == pytest.approx(share * float(z.detach()), rel=1e-5)
 
 
 def test_the_logarithm_of_the_balance(caplog: pytest.LogCaptureFixture) -> None:
