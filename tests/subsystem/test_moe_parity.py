@@ -1,0 +1,290 @@
+"""Any number of ranks trains a model with experts as one process that has all experts does.
+
+Through the real trainer, on batches of unequal size, of which ranks have unequal numbers. Processes
+take longer to start than to train, so each number of ranks is started once and goes through all its
+cases. A backend or a layer enters the table by a line in `tests/helpers/moe.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fairseq_lite.moe.layer import MoELayer
+from fairseq_lite.moe.options import MoEOptions, RouterOptions
+from fairseq_lite.parallel.experts import expert_modules, expert_parameters, spread_over
+from fairseq_lite.parallel.local import local
+from fairseq_lite.parallel.world import SingleWorld, World
+from fairseq_lite.training.trainer import Trainer
+from tests.helpers.distributed import run_distributed
+from tests.helpers.moe import (
+    BACKENDS,
+    BUGS,
+    LAYERS,
+    UPDATES,
+    WHOLE_BUGS,
+    Case,
+    Trained,
+    assembled,
+    assert_alike,
+    make_lm_data,
+    train,
+)
+from tests.helpers.toy import ADAM
+
+pytestmark = pytest.mark.timeout(300)
+
+EMA = ("--store-ema", "--ema-decay", "0.9")
+WITH_ADAM = (*ADAM, "--clip-norm", "0.5", *EMA)
+SHARDED = "fully_sharded"
+
+
+def table(ranks: int) -> list[Case]:
+    """Experts x choices x backends x layers, and what one more or fewer experts make uneven."""
+    even = [(experts, top) for experts in (2, 4, 8) for top in (1, 2)]
+    uneven = {1: [], 2: [(3, 2)], 4: [(3, 2), (6, 1)]}[ranks]
+    return [
+        Case(experts, top, MODEL_OF[experts, top], backend, layer)
+        for experts, top in (*even, *uneven)
+        for backend in BACKENDS
+        for layer in LAYERS
+        if ranks > 1 or backend == SHARDED  # else it is what the others are compared with
+    ]
+
+
+# Each model with each number of experts and of choices.
+MODEL_OF = {
+    (2, 1): "lm",
+    (2, 2): "pair",
+    (4, 1): "pair",
+    (4, 2): "lm",
+    (8, 1): "lm",
+    (8, 2): "pair",
+    (3, 2): "pair",
+    (6, 1): "pair",
+}
+
+
+def more(ranks: int) -> list[Case]:
+    """What else there is to turn on."""
+    few = Case(2, backend=SHARDED)  # on four ranks with replicas
+    many = Case(4, 1, backend=SHARDED)
+    saving = ("--checkpoint-activations", "--offload-activations")
+    found = [
+        replace(many, more=("--cpu-offload",)),
+        replace(many, more=saving),
+        replace(few, more=("--cpu-offload", *saving)),
+        replace(few, more=("--no-reshard-after-forward",)),
+        replace(few, more=("--min-params-to-wrap", "100000000")),
+        replace(many, backend="legacy_ddp", more=("--checkpoint-activations",)),
+        replace(few, training=WITH_ADAM),
+        Case(2, training=WITH_ADAM),
+        Case(3, training=("--optimizer", "adafactor", "--lr", "0.01", "--clip-norm", "0.5")),
+    ]
+    return {1: found[:1], 2: [], 4: found}[ranks]
+
+
+TABLE = {ranks: [*table(ranks), *more(ranks)] for ranks in (1, 2, 4)}
+
+
+# -- what ranks do ------------------------------------------------------------------------------
+
+
+def overflow(trainer: Trainer) -> None:
+    """In the second update one rank's expert has a gradient that is not finite."""
+    right, calls = trainer.backend.reduce_gradients, []
+
+    def then(model: nn.Module) -> None:
+        right(model)
+        calls.append(1)
+        if len(calls) == 2 and trainer.world.rank == trainer.world.size - 1:
+            grads = [p.grad for p, _ in expert_parameters(model) if p.grad is not None]
+            local(grads[0])[:1] = math.inf
+
+    trainer.backend.reduce_gradients = then  # type: ignore[method-assign]
+
+
+class Network(nn.Module):
+    """D -> D."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(6, 9)
+        self.other = nn.Linear(9, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.one(x).relu())  # type: ignore[no-any-return]
+
+
+def identical(world: World) -> tuple[float, float]:
+    """How far a layer of equal experts is from the network that each of them is."""
+    torch.manual_seed(5)
+    dense = Network()
+    options = MoEOptions(every=1, router=RouterOptions(3, second_policy="all"), ffn_dim=9)
+    with spread_over(world):
+        layer = MoELayer(6, options, Network, "layer")
+    for _, expert, _ in expert_modules(layer):
+        expert.load_state_dict(dense.state_dict())
+    torch.manual_seed(6 + world.rank)
+    x = torch.randn(7 * world.rank + 5, 6)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    with_experts, plain = layer(inputs[0])[0], dense(inputs[1])
+    for out in (with_experts, plain):
+        out.square().sum().backward()
+    assert inputs[0].grad is not None and inputs[1].grad is not None
+    return (
+        float((with_experts - plain).abs().max()),
+        float((inputs[0].grad - inputs[1].grad).abs().max()),
+    )
+
+
+FAULTY: dict[str, tuple[Case, Callable[[Trainer], None]]] = {
+    **{f"whole {bug.__name__}": (Case(2), bug) for bug in (*BUGS, *WHOLE_BUGS)},
+    **{f"sharded {bug.__name__}": (Case(2, backend=SHARDED), bug) for bug in BUGS},
+    **{f"beside {bug.__name__}": (Case(4, 1, backend=SHARDED), bug) for bug in BUGS},
+}
+SQRT = ("--moe-normalize-expert-grad", "sqrt_world_size")
+FP16 = ("--fp16", "--fp16-init-scale", "4")
+# Experts that are whole on one owner, that are whole on two, and that two share.
+KINDS = [Case(4, 1), Case(2), Case(2, backend=SHARDED), Case(4, 1, backend=SHARDED)]
+SIXTEEN = {
+    **{f"bf16 {case}": (case, ("--bf16",)) for case in KINDS},
+    **{f"fp16 {case}": (case, FP16) for case in KINDS},
+    "wide": (KINDS[2], ("--bf16", "--fp32-reduce-scatter")),
+}
+
+
+def on_four_more(world: World, data: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"identical": identical(world)}
+    for name, (case, bug) in FAULTY.items():
+        found[name] = train(world, data, case.flags, updates=1, plant=bug)
+    for name, (case, flags) in SIXTEEN.items():
+        found[name] = train(world, data, [*case.flags, *flags])
+    for case in KINDS:
+        flags = [*case.flags, *FP16]
+        found[f"overflow {case}"] = train(world, data, flags, updates=3, plant=overflow)
+        found[f"sqrt {case}"] = train(world, data, [*case.flags, *SQRT], updates=1)
+    return found
+
+
+def run_cases(world: World, data: Path, lm_data: Path, cases: Sequence[Case]) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = {
+            str(case): train(world, lm_data if case.model == "lm" else data, case.flags)
+            for case in cases
+        }
+        if world.size == 4:
+            found |= on_four_more(world, data)
+        return found
+    finally:
+        if world.size == 1:
+            world.close()  # what a sharded run of one process formed
+
+
+@cache
+def on_ranks(ranks: int, data: Path, lm_data: Path) -> list[dict[str, Any]]:
+    """By rank, then by case."""
+    return run_distributed(run_cases, ranks, data, lm_data, TABLE[ranks], timeout=280)
+
+
+def alone(case: Case, data: Path, updates: int = UPDATES) -> Trained:
+    """What one process does."""
+    return _alone(case.reference, data, updates)
+
+
+@cache
+def _alone(case: Case, data: Path, updates: int) -> Trained:
+    return train(SingleWorld(), data, case.flags, updates=updates)
+
+
+@pytest.fixture(scope="module")
+def lm_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_lm_data(tmp_path_factory.mktemp("moe-lm"))
+
+
+def of(name: str, ranks: Sequence[dict[str, Any]]) -> list[Trained]:
+    return [rank[name] for rank in ranks]
+
+
+# -- what must hold -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "case"),
+    [(ranks, case) for ranks, cases in TABLE.items() for case in cases],
+    ids=str,
+)
+def test_ranks_train_as_one_process(ranks: int, case: Case, toy_data: Path, lm_data: Path) -> None:
+    outcomes = of(str(case), on_ranks(ranks, toy_data, lm_data))
+    assert_alike(alone(case, lm_data if case.model == "lm" else toy_data), outcomes)
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_a_planted_bug_is_noticed(name: str, toy_data: Path, lm_data: Path) -> None:
+    one = alone(FAULTY[name][0], toy_data, 1)
+    with pytest.raises(AssertionError):
+        assert_alike(one, of(name, on_ranks(4, toy_data, lm_data)))
+
+
+@pytest.mark.parametrize("case", KINDS, ids=str)
+def test_a_rank_holds_its_experts_only(case: Case, toy_data: Path, lm_data: Path) -> None:
+    outcomes = of(str(case), on_ranks(4, toy_data, lm_data))
+    (shared, _), (experts, _) = outcomes[0].parameters
+    assert experts > 0 and experts % case.experts == 0
+    held = [outcome.held for outcome in outcomes]
+    if case.backend == SHARDED:
+        assert sum(held) == shared + experts
+        assert max(held) < 1.15 * (shared + experts) / 4
+    else:
+        assert held == [shared + experts // min(case.experts, 4)] * 4
+
+
+@pytest.mark.parametrize("case", KINDS, ids=str)
+def test_an_overflow_of_one_rank_is_everybodys(case: Case, toy_data: Path, lm_data: Path) -> None:
+    outcomes = of(f"overflow {case}", on_ranks(4, toy_data, lm_data))
+    for outcome in outcomes:
+        assert outcome.scales == [4.0, 2.0, 2.0]
+        assert len(outcome.losses) == 2  # the second update was skipped
+        assert all(map(math.isfinite, outcome.norms))
+    assembled([outcome.weights for outcome in outcomes])  # which compares what several have
+
+
+@pytest.mark.parametrize("case", KINDS, ids=str)
+def test_experts_can_be_divided_by_a_square_root(case: Case, toy_data: Path, lm_data: Path) -> None:
+    """By that of the number of ranks whose tokens come to them."""
+    ranks = on_ranks(4, toy_data, lm_data)
+    usual = assembled([outcome.gradients[0] for outcome in of(str(case), ranks)])
+    large = assembled([outcome.gradients[0] for outcome in of(f"sqrt {case}", ranks)])
+    assert large.keys() == usual.keys()
+    for name, grad in large.items():
+        factor = math.sqrt(case.experts) if ".experts." in name else 1.0
+        torch.testing.assert_close(grad, usual[name] * factor, msg=name)
+
+
+@pytest.mark.parametrize("name", SIXTEEN)
+def test_in_sixteen_bits(name: str, toy_data: Path, lm_data: Path) -> None:
+    outcomes = of(name, on_ranks(4, toy_data, lm_data))
+    case, flags = SIXTEEN[name]
+    one = alone(case, toy_data)
+    close = 2e-3 if flags == FP16 else 2e-2
+    for outcome in outcomes:
+        assert outcome.losses != one.losses
+        assert outcome.losses == pytest.approx(one.losses, rel=close)
+        assert outcome.norms == pytest.approx(one.norms, rel=5 * close)
+        assert outcome.norms == outcomes[0].norms
+        assert {values.dtype for _, _, values in outcome.weights.values()} == {torch.float32}
+    assembled([outcome.weights for outcome in outcomes])
+
+
+def test_equal_experts_are_the_dense_network(toy_data: Path, lm_data: Path) -> None:
+    ranks = on_ranks(4, toy_data, lm_data)
+    for found in (identical(SingleWorld()), *(rank["identical"] for rank in ranks)):
+        assert max(found) < 1e-5
