@@ -361,7 +361,7 @@ def _to_block(values: Any, device: torch.device) -> Tensor:
     plain = torch.tensor(
         [float(x) for x in items if not isinstance(x, Tensor)], dtype=torch.float64
     ).to(device)
-    numbers = iter(plain.split(1) if plain.numel() else ())
+    numbers = iter(torch.split(plain, 1) if plain.numel() else ())
     return torch.cat(
         [
             x.detach().reshape(-1).to(device, torch.float64)
@@ -378,7 +378,7 @@ def _size(value: float | Tensor) -> int:
 
 def _from_block(like: Mapping[str, float | Tensor], block: Tensor) -> dict[str, Any]:
     """The numbers of a block on the CPU by name: floats, and vectors where `like` has some."""
-    pieces = block.split([_size(value) for value in like.values()])
+    pieces = torch.split(block, [_size(value) for value in like.values()])
     return {
         name: piece.item() if piece.numel() == 1 else piece
         for name, piece in zip(like, pieces, strict=True)
