@@ -40,7 +40,7 @@ trap 'rm -f "$text" "$text.ref"' EXIT
 # Sentences come in the order of their lengths; their numbers say where they belong.
 kind=H
 if grep -q '^D-[0-9]' "$output"; then kind=D; fi
-grep "^$kind-[0-9]" "$output" | sed "s/^$kind-//" | LC_ALL=C sort -n -s -k1,1 | awk -F'\t' '$1 != last { print $3 } { last = $1 }' >"$text" ||
+grep "^$kind-[0-9]" "$output" | sed "s/^$kind-//" | LC_ALL=C sort -n -s -k1,1 | awk -F'\t' '!seen[$1]++ { print $3 }' >"$text" ||
     fail "$output: no line begins with H-; expected the output of flite-generate without --quiet"
 
 if grep -q '▁' "$text"; then
@@ -67,4 +67,4 @@ fi
 lines=$(wc -l <"$text") wanted=$(wc -l <"$reference")
 [[ $lines -eq $wanted ]] ||
     fail "$output has $((lines)) sentences, the reference $((wanted)): is it this test set, and from $source into $target?"
-"$python" -m sacrebleu "$reference" --language-pair "$source-$target" --input "$text" --format text
+"$python" -m sacrebleu "$reference" --language-pair "$source-$target" --input "$text" --format text --width 2

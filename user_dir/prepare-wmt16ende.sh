@@ -7,7 +7,7 @@
 # A download that was cut short goes on where it stopped. An archive is unpacked only when it is whole (gzip's own
 # check), and its SHA-256 is that in $WORKSPACE/orig/sha256sums.txt: put the file there to demand certain archives;
 # otherwise it is written with the first download, so that a later one cannot differ unseen. Training text: Europarl v7,
-# Common Crawl and News Commentary v11; test: newstest2014. What becomes of the text is said in prepare.py; its options
+# Common Crawl and News Commentary v11; test: newstest2014. MIRROR=URL names a folder that has the archives, too. What becomes of the text is said in prepare.py; its options
 # can be added, for example --vocab-size 8000.
 set -euo pipefail
 
@@ -43,7 +43,9 @@ command -v curl >/dev/null || fail "curl is needed to fetch the data; or give --
 mkdir -p "$ORIG"
 
 fetch() { # URL
-    local url=$1 name=${1##*/} sums=$ORIG/sha256sums.txt
+    local name=${1##*/} sums=$ORIG/sha256sums.txt
+    local url=${MIRROR:+$MIRROR/$name}
+    url=${url:-$1}
     if [[ ! -f "$ORIG/$name" ]]; then
         echo "fetching $url"
         curl --fail --location --retry 5 --connect-timeout 30 --continue-at - --output "$ORIG/$name.part" "$url" ||

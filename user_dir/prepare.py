@@ -153,7 +153,8 @@ def train_pieces(args: argparse.Namespace, raw: Path) -> sentencepiece.SentenceP
             minloglevel=2,
         )
     except RuntimeError as e:
-        raise DataError(f"--vocab-size {args.vocab_size}: sentencepiece: {e}") from None
+        why = " ".join(str(e).split())
+        raise DataError(f"--vocab-size {args.vocab_size}: sentencepiece: {why}") from None
     return sentencepiece.SentencePieceProcessor(model_file=str(model))
 
 
