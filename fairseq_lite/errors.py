@@ -37,3 +37,7 @@ class DistributedError(FliteError):
 
 class TrainingError(FliteError):
     """Training cannot go on: non-finite values, or a loss scale below its minimum."""
+
+
+class OutputClosed(FliteError):
+    """Nobody reads what is printed any more, as in `flite-generate … | head`; said by no line."""

@@ -12,7 +12,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-from fairseq_lite.errors import FliteError
+from fairseq_lite.builtins import load_builtins
+from fairseq_lite.errors import DataError, FliteError, OutputClosed
 
 # Errors of the machine's, not of ours: no space, over quota, file too large, device error.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
@@ -33,15 +34,15 @@ def run_command(
             main(sys.argv[1:] if argv is None else list(argv))
         if sys.stdout is not None:
             sys.stdout.flush()  # a full disk is heard here, not in the ruins of the interpreter
+    except (BrokenPipeError, OutputClosed):  # the reader has gone, as in `flite-generate … | head`
+        sys.stderr.close()
+        return 141
     except FliteError as e:
         print(f"{name}: error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone, as in `flite-generate … | head`
-        sys.stderr.close()
-        return 141
     except OSError as e:
         if e.errno not in _FULL:
             raise
@@ -49,6 +50,33 @@ def run_command(
         print(f"{name}: error: {e.filename or 'the output'}: {e.strerror}", file=sys.stderr)
         return 2
     return 0
+
+
+def prepare_rank() -> None:
+    """What a process that a command starts does before it reads its configuration."""
+    _speak_utf8()
+    load_builtins()
+
+
+@contextlib.contextmanager
+def output_errors_told() -> Iterator[None]:
+    """Turn errors of standard output into those that reach the process which started this one.
+
+    Raises:
+        OutputClosed: its reader has gone.
+        DataError: the disk is full.
+    """
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise OutputClosed("nobody reads the output any more") from None
+    except OSError as e:
+        if e.errno not in _FULL:
+            raise
+        _drop_stdout()
+        raise DataError(f"{e.filename or 'the output'}: {e.strerror}") from None
 
 
 @contextlib.contextmanager

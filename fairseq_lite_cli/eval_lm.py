@@ -6,19 +6,28 @@ import sys
 from collections.abc import Sequence
 
 from fairseq_lite.builtins import load_builtins
+from fairseq_lite.config.core import RunConfig
 from fairseq_lite.config.parse import parse
 from fairseq_lite.data.text.recorded import adopt
+from fairseq_lite.parallel.launch import launch
+from fairseq_lite.parallel.world import World
 from fairseq_lite.training.lm_evaluation import evaluate
 from fairseq_lite.training.loggers import setup_logging
-from fairseq_lite_cli.entry import run_command
+from fairseq_lite_cli.entry import output_errors_told, prepare_rank, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and measure."""
+    run = parse("flite-eval-lm", sys.argv[1:] if argv is None else argv, load_builtins())
+    launch(measure, run, setup=prepare_rank, if_asked=True)
+
+
+def measure(run: RunConfig, world: World) -> None:
+    """Measure, as one process of `world`."""
     registries = load_builtins()
-    run = parse("flite-eval-lm", sys.argv[1:] if argv is None else argv, registries)
-    setup_logging(run.common)
-    evaluate(adopt(run, registries), registries)
+    setup_logging(run.common, is_main=world.is_main)
+    with output_errors_told():
+        evaluate(adopt(run, registries), world, registries)
 
 
 if __name__ == "__main__":

@@ -49,8 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = place(loaded.models, run.common, run.generation)
     known: dict[int, str] = {}
     first = 0
+    generator, _ = make_generator(run, task, loaded.models, registries)
     session = Session(
-        make_generator(run, task, loaded.models, registries),
+        generator,
         loaded.models,
         make_texts(run, task),
         run.generation,

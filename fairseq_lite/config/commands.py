@@ -82,6 +82,14 @@ _EVALUATION: dict[str, type] = {
     "dataset": core.DatasetConfig,
 }
 
+# Those that share a split among processes; flite-interactive reads one terminal.
+_SHARED: dict[str, type] = {
+    "common": core.CommonConfig,
+    "common_eval": core.CommonEvalConfig,
+    "distributed_training": core.DistributedTrainingConfig,
+    "dataset": core.DatasetConfig,
+}
+
 COMMANDS: dict[str, Command] = {
     command.name: command
     for command in (
@@ -100,7 +108,7 @@ COMMANDS: dict[str, Command] = {
             "flite-generate",
             "generate",
             "Translate a split of a data folder, or go on from its beginnings, and score it.",
-            {**_EVALUATION, "generation": core.GenerationConfig},
+            {**_SHARED, "generation": core.GenerationConfig},
             (_TASK, _SCORING, _BPE, _TOKENIZER),
         ),
         Command(
@@ -118,14 +126,14 @@ COMMANDS: dict[str, Command] = {
             "flite-validate",
             "validate",
             "Compute a checkpoint's loss on splits of a data folder.",
-            dict(_EVALUATION),
+            dict(_SHARED),
             (_TASK, _BPE, _TOKENIZER),
         ),
         Command(
             "flite-eval-lm",
             "eval_lm",
             "Measure how well language models predict a split of a data folder.",
-            {**_EVALUATION, "eval_lm": core.EvalLMConfig},
+            {**_SHARED, "eval_lm": core.EvalLMConfig},
             (dataclasses.replace(_TASK, default="language_modeling"), _BPE, _TOKENIZER),
         ),
         Command(

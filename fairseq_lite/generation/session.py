@@ -24,6 +24,8 @@ from fairseq_lite.generation.evaluate import (
     render,
 )
 from fairseq_lite.models.api import Model
+from fairseq_lite.parallel.stream import worked
+from fairseq_lite.parallel.world import SingleWorld, World
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +33,27 @@ logger = logging.getLogger(__name__)
 DEFAULT_MAX_TOKENS = 12000
 
 
-def place(models: Sequence[Model], common: CommonConfig, cfg: GenerationConfig) -> torch.device:
+def place(
+    models: Sequence[Model],
+    common: CommonConfig,
+    cfg: GenerationConfig,
+    device: torch.device | None = None,
+) -> torch.device:
     """Put models where they translate, in the precision asked for; returns the device.
+
+    Args:
+        models: in any place.
+        common: the precision.
+        cfg: dropout that is kept on.
+        device: this rank's; None: a GPU where there is one and --cpu does not say otherwise.
 
     Raises:
         ConfigError: --fp16 without a GPU.
     """
-    cuda = torch.cuda.is_available() and not common.cpu
-    device = torch.device("cuda" if cuda else "cpu")
+    if device is None:
+        found = torch.cuda.is_available() and not common.cpu
+        device = torch.device("cuda" if found else "cpu")
+    cuda = device.type == "cuda"
     dtype = torch.float32
     if common.bf16 or common.memory_efficient_bf16 or (common.amp and not cuda):
         dtype = torch.bfloat16
@@ -130,13 +145,21 @@ class Session:
             one.outputs = [empty]
         return found
 
-    def summary(self) -> str:
-        """Sentences, tokens (end symbols included) and seconds of the search alone."""
-        seconds = max(self.seconds, 1e-9)
+    def summary(self, world: World | None = None) -> str:
+        """Sentences, tokens (end symbols included) and seconds of the search alone.
+
+        Args:
+            world: ranks that share the work, all of which call this; None: this process alone.
+        """
+        work = worked(
+            SingleWorld() if world is None else world,
+            {"sentences": self.sentences, "tokens": self.tokens},
+            self.seconds,
+        )
         return (
-            f"Translated {self.sentences:,} sentences ({self.tokens:,} tokens) in "
-            f"{self.seconds:.1f}s ({self.sentences / seconds:.2f} sentences/s, "
-            f"{self.tokens / seconds:.2f} tokens/s)"
+            f"Translated {work.counts['sentences']:,} sentences ({work.counts['tokens']:,} tokens)"
+            f" in {work.seconds:.1f}s ({work.speeds['sentences']:.2f} sentences/s, "
+            f"{work.speeds['tokens']:.2f} tokens/s)"
         )
 
 

@@ -9,8 +9,9 @@ different models in one round. A rank that is done keeps taking part until all a
 takes part in as many rounds, however many layers each has called. Nobody waits for another's step
 of decoding, and no dummy batch is computed.
 
-An owner computes the rows of each rank apart: products of the same shapes as in one process, which
-gives the same numbers to the last bit.
+An owner computes the rows of each rank apart: products of the same shapes as in one process. So no
+result depends on what other ranks ask for at the same time; for widths that keep rows aligned in
+memory (multiples of 32) all are those of one process to the last bit.
 
 Axes: N rows, D width, E experts, Q ranks that take part in a round.
 """

@@ -25,6 +25,7 @@ from fairseq_lite.data.folders import part_names
 from fairseq_lite.data.iterators import EpochBatchIterator
 from fairseq_lite.errors import ConfigError, DataError
 from fairseq_lite.models.api import ARCHITECTURES, Model
+from fairseq_lite.parallel.world import World
 from fairseq_lite.registry import Registry
 
 if TYPE_CHECKING:
@@ -232,6 +233,9 @@ class Task(ABC):
 
     def begin_validation(self, split: str, model: Model) -> None:  # noqa: B027
         """Called before a split is validated, on every rank."""
+
+    def end_validation(self, split: str, world: World) -> None:  # noqa: B027
+        """Called after a split was validated, on every rank."""
 
     def extra_metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Metrics beyond the criterion's, from sums over all batches and ranks (BLEU, …)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from fairseq_lite.generation.evaluate import PieceWatch, Texts, hypotheses_and_r
 from fairseq_lite.generation.generator import SequenceGenerator
 from fairseq_lite.generation.reference import ReferenceScorer
 from fairseq_lite.models.api import Model
+from fairseq_lite.parallel.world import World
 from fairseq_lite.scoring.standard import bleu_of_sums, bleu_sums
 from fairseq_lite.tasks.api import TASKS, Sample, StepOutput, Task
 
@@ -263,6 +265,11 @@ class TranslationTask(Task):
             sums = {**sums, **self._bleu.sums(sample)}
         return loss, size, sums
 
+    def end_validation(self, split: str, world: World) -> None:
+        """The samples of --eval-bleu-print-samples."""
+        if self._bleu is not None:
+            self._bleu.show_samples(world)
+
     def extra_metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """BLEU, where there are counts of it."""
         if "_bleu_sys_len" not in sums:
@@ -302,9 +309,11 @@ class BleuInValidation:
         self._tokenize = "none" if cfg.eval_tokenized_bleu else "13a"
         self._watch = PieceWatch("add --eval-bleu-remove-bpe")
         self._generator: SequenceGenerator | ReferenceScorer | None = None
+        self._samples: list[tuple[str, str]] = []
 
     def begin(self, model: Model) -> None:
         """Translate with `model` from now on."""
+        self._samples.clear()
         self._generator = self._task.build_generator([model], self._settings)
 
     def sums(self, sample: Sample) -> dict[str, float]:
@@ -315,9 +324,18 @@ class BleuInValidation:
         for reference, hypothesis in zip(references, hypotheses, strict=True):
             self._watch.look(reference, hypothesis)
         if self._task.cfg.eval_bleu_print_samples and hypotheses:
-            logger.info("example hypothesis: %s", hypotheses[0])
-            logger.info("example reference: %s", references[0])
+            self._samples.append((hypotheses[0], references[0]))
         return bleu_sums(hypotheses, references, tokenize=self._tokenize)
+
+    def show_samples(self, world: World) -> None:
+        """Log one translation of each batch, those of all ranks in the order of the batches."""
+        if not self._task.cfg.eval_bleu_print_samples:
+            return
+        for each in itertools.zip_longest(*world.gather_objects(self._samples)):
+            for pair in each:
+                if pair is not None:
+                    logger.info("example hypothesis: %s", pair[0])
+                    logger.info("example reference: %s", pair[1])
 
 
 def _texts(task: TranslationTask, detokenizer: TextCodec) -> Texts:

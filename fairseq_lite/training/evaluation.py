@@ -5,34 +5,40 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 
 from fairseq_lite.config.core import Choice, RunConfig
 from fairseq_lite.config.flags import default_of
 from fairseq_lite.config.serial import to_plain
+from fairseq_lite.data.folders import data_folders
 from fairseq_lite.data.iterators import EpochBatchIterator
 from fairseq_lite.errors import CheckpointError, ConfigError
 from fairseq_lite.models.api import Model
+from fairseq_lite.moe.watch import shown_layers
 from fairseq_lite.optim.precision import make_precision
-from fairseq_lite.parallel.world import SingleWorld
+from fairseq_lite.parallel.world import World
 from fairseq_lite.registry import Registry
-from fairseq_lite.tasks.api import BatchLimits, Task, build_task, resolve_max_positions
+from fairseq_lite.tasks.api import BatchLimits, Sample, Task, build_task, resolve_max_positions
 from fairseq_lite.training.checkpoint import inference
 from fairseq_lite.training.checkpoint.convert import SavedConfig
-from fairseq_lite.training.loggers import ProgressLogs, setup_logging
+from fairseq_lite.training.loggers import ProgressLogs
 from fairseq_lite.training.metrics import rounded
 from fairseq_lite.training.validation import Validator
 
 logger = logging.getLogger(__name__)
 
 
-def evaluate(run: RunConfig, registries: Mapping[str, Registry]) -> dict[str, dict[str, float]]:
+def evaluate(
+    run: RunConfig, world: World, registries: Mapping[str, Registry]
+) -> dict[str, dict[str, float]]:
     """Validate the model of --path on every split of --valid-subset.
 
     Args:
         run: the configuration of `flite-validate`.
+        world: the processes that share the splits.
         registries: section -> registry.
 
     Returns:
@@ -42,7 +48,6 @@ def evaluate(run: RunConfig, registries: Mapping[str, Registry]) -> dict[str, di
         ConfigError: no model or several, or no batch size.
         FliteError: the checkpoint or the data cannot be read, or do not fit each other.
     """
-    setup_logging(run.common)
     logger.info("%s", json.dumps(to_plain(run), ensure_ascii=False))
     paths = inference.split_paths(run.common_eval.path or "")
     if len(paths) != 1:
@@ -55,26 +60,25 @@ def evaluate(run: RunConfig, registries: Mapping[str, Registry]) -> dict[str, di
     saved = inference.config_for(run, registries)
     run = dataclasses.replace(run, task=task_choice(run.task, saved))
     task = build_task(run)
-    loaded = inference.load_for(run, registries, task)
-    device = torch.device("cuda" if torch.cuda.is_available() and not run.common.cpu else "cpu")
-    model = loaded.models[0].to(device)
+    loaded = inference.load_for(run, registries, task, world)
+    model = loaded.models[0].to(world.device)
     if saved.criterion.name is None:
         stored = (saved.cfg.get("criterion") or {}).get("_name")
         raise CheckpointError(
             f"{paths[0]}: was trained with --criterion {stored}, which is not known here: give the "
             "--user-dir it comes from"
         )
-    criterion = task.build_criterion(saved.criterion, saved.sentence_avg).to(device)
+    criterion = task.build_criterion(saved.criterion, saved.sentence_avg).to(world.device)
     if loaded.criterion_states[0]:
         criterion.load_state_dict(dict(loaded.criterion_states[0]))
     validator = Validator(
-        world=SingleWorld(device),
+        world=world,
         task=task,
         model=model,
         criterion=criterion,
-        precision=make_precision(run.common, device),
+        precision=make_precision(run.common, world.device),
     )
-    logs = ProgressLogs(run.common)
+    logs = ProgressLogs(run.common, is_main=world.is_main)
     return {
         subset: _validate(run, task, model, validator, logs, subset)
         for subset in _subsets(run, task)
@@ -103,13 +107,19 @@ def task_choice(typed: Choice, saved: SavedConfig) -> Choice:
 _OF_THE_WEIGHTS = {"tokens_per_sample", "output_dictionary_size", "add_bos_token"}
 
 
+_DIRECTION = ("source_lang", "target_lang")
+
+
 def as_trained(run: RunConfig, registries: Mapping[str, Registry]) -> RunConfig:
     """The run with what the model of --path was trained with, where nothing else was typed.
 
-    A language model's vocabulary, longest input and start symbol are not a matter of choice;
-    fairseq expects them to be typed again. Other tasks stay as they are.
+    A language model's vocabulary, longest input and start symbol are not a matter of choice, nor is
+    the direction of a translation, which the names of data files do not tell; fairseq expects them
+    to be typed again.
     """
     own = {field.name for field in dataclasses.fields(run.task.config)}
+    if run.common_eval.path and own.issuperset(_DIRECTION):
+        return _in_the_direction_trained(run, registries)
     if not run.common_eval.path or not own.issuperset(_OF_THE_WEIGHTS):
         return run
     trained = inference.config_for(run, registries).task
@@ -134,6 +144,21 @@ def as_trained(run: RunConfig, registries: Mapping[str, Registry]) -> RunConfig:
     return dataclasses.replace(run, task=task)
 
 
+def _in_the_direction_trained(run: RunConfig, registries: Mapping[str, Registry]) -> RunConfig:
+    """From a folder made from en to de, a model of de to en translates from de."""
+    cfg = run.task.config
+    if cfg.source_lang is not None or cfg.target_lang is not None or cfg.data is None:
+        return run
+    trained = inference.config_for(run, registries).task.config
+    pair = [getattr(trained, name, None) for name in _DIRECTION]
+    folder = Path(data_folders(cfg.data)[0])
+    if None in pair or not all((folder / f"dict.{lang}.txt").is_file() for lang in pair):
+        return run
+    logger.info("-s %s -t %s, as in training", *pair)
+    directed = dataclasses.replace(cfg, source_lang=pair[0], target_lang=pair[1])
+    return dataclasses.replace(run, task=dataclasses.replace(run.task, config=directed))
+
+
 def _subsets(run: RunConfig, task: Task) -> list[str]:
     if run.dataset.combine_valid_subsets:
         task.load_dataset("valid", combine=True)
@@ -152,7 +177,7 @@ def _validate(
     logs: ProgressLogs,
     subset: str,
 ) -> dict[str, float]:
-    cfg = run.dataset
+    cfg, world = run.dataset, validator.world
     if cfg.fixed_validation_seed is not None:
         torch.manual_seed(cfg.fixed_validation_seed)
     data: EpochBatchIterator = task.batch_iterator(
@@ -165,20 +190,34 @@ def _validate(
             skip_invalid=cfg.skip_invalid_size_inputs_valid_test,
         ),
         seed=run.common.seed,
-        world_size=cfg.num_shards,
-        rank=cfg.shard_id,
+        # This rank's share of this shard: what the shard would be with so many times the shards.
+        world_size=cfg.num_shards * world.size,
+        rank=cfg.shard_id + cfg.num_shards * world.rank,
         num_workers=cfg.num_workers,
     )
-    batches = data.next_epoch_itr(shuffle=False)
-    with logs.begin_validation(subset, epoch=None, size=len(batches)) as progress:
+    # What one process would take of this shard, None included.
+    total = len(range(0, len(data.batches), cfg.num_shards))
+    if cfg.max_valid_steps is not None:
+        total = min(total, cfg.max_valid_steps)
+    steps = -(-total // world.size)
+    batches = _first(data.next_epoch_itr(shuffle=False), len(range(world.rank, total, world.size)))
+    with logs.begin_validation(subset, epoch=None, size=steps) as progress:
         meters = validator.run(
             subset,
             batches,
             data.first_batch(),
             progress,
-            max_steps=cfg.max_valid_steps,
+            max_steps=steps,
             log_interval=run.common.log_interval,
+            total=total,
         )
         values = rounded(meters.values())
-        progress.summary(values, tag=subset, num_updates=len(batches))
+        progress.summary(values, tag=subset, num_updates=total)
+        progress.layers(shown_layers(meters.sums), tag=subset, num_updates=total)
     return values
+
+
+def _first(batches: Iterable[Sample | None], count: int) -> Iterator[Sample | None]:
+    """The first batches as they are, and None for every other."""
+    for number, batch in enumerate(batches):
+        yield batch if number < count else None

@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,6 +35,11 @@ from fairseq_lite.generation.words import (
     word_line,
     words_of,
 )
+from fairseq_lite.models.api import Model
+from fairseq_lite.parallel.experts import expert_parameters, shared_parameters
+from fairseq_lite.parallel.free import free_running
+from fairseq_lite.parallel.stream import Ordered, worked
+from fairseq_lite.parallel.world import World
 from fairseq_lite.registry import Registry
 from fairseq_lite.tasks.api import build_task, to_device
 from fairseq_lite.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
@@ -89,12 +94,16 @@ class Report:
         return json.dumps(known, ensure_ascii=False)
 
 
-def evaluate(run: RunConfig, registries: Mapping[str, Registry]) -> Report:
+def evaluate(run: RunConfig, world: World, registries: Mapping[str, Registry]) -> Report | None:
     """Score --gen-subset with the models of --path, and log what comes out.
 
     Args:
         run: the configuration of `flite-eval-lm`.
+        world: the processes that share the split.
         registries: section -> registry.
+
+    Returns:
+        What comes out, on rank 0.
 
     Raises:
         ConfigError: no model, or blocks that are longer than it takes.
@@ -110,11 +119,10 @@ def evaluate(run: RunConfig, registries: Mapping[str, Registry]) -> Report:
     task = build_task(shortened(run))
     assert isinstance(task, LanguageModelingTask)
     logger.info("loading model(s) from %s", run.common_eval.path)
-    loaded = inference.load_for(run, registries, task)
+    loaded = inference.load_for(run, registries, task, world)
     run = inference.with_segmentation(run, loaded)
-    device = place(loaded.models, run.common, GenerationConfig())
-    count = sum(p.numel() for p in loaded.models[0].parameters())
-    logger.info("num. model params: %s", f"{count:,}")
+    place(loaded.models, run.common, GenerationConfig(), world.device)
+    logger.info("num. model params: %s", f"{number_of_parameters(loaded.models[0], world):,}")
     subset = run.dataset.gen_subset
     task.load_dataset(subset)
     dataset: BlockDataset = task.dataset(subset)
@@ -125,22 +133,40 @@ def evaluate(run: RunConfig, registries: Mapping[str, Registry]) -> Report:
         dataset = ContextWindow(dataset, run.eval_lm.context_window, longest)
         size = max(size, longest)
     check_size(run, longest, size, limit)
-    measuring = Measuring(run, task)
     scorer = TargetScorer(
-        loaded.models, measuring.dictionary.pad(), softmax_batch=run.eval_lm.softmax_batch
+        loaded.models,
+        task.target_dictionary.pad(),
+        softmax_batch=run.eval_lm.softmax_batch,
     )
+    scoring = Scoring(run, task, scorer, world)
+    if not world.is_main:
+        for _ in scoring.batches(dataset, limit):
+            pass
+        scoring.speed()
+        return None
+    measuring = Measuring(run, task)
     with results_file(run) as out:
         show = reporter(out)
-        for sample in tqdm(batches(run, dataset, limit), unit="batch", disable=not _bar(run)):
-            for line in measuring.batch(scorer, to_device(sample, device)):
+        for batch in scoring.batches(dataset, limit):
+            for line in measuring.batch(batch):
                 show(line)
-        report = measuring.report(subset)
-        logger.info("%s", measuring.speed())
+        speed, tokens = scoring.speed()
+        report = measuring.report(subset, tokens)
+        logger.info("%s", speed)
         for line in (*measuring.stats(), *report.lines()):
             show(line)
     if run.common.log_format == "json":
         logger.info("%s", report.to_json())
     return report
+
+
+def number_of_parameters(model: Model, world: World) -> int:
+    """Of all ranks; an expert that several have counts once."""
+    shared = sum(p.numel() for p in shared_parameters(model))
+    experts = sum(
+        p.numel() for p, shard in expert_parameters(model) if shard.layout.replica(world.rank) == 0
+    )
+    return shared + round(world.sum({"experts": experts})["experts"])
 
 
 def block_length(run: RunConfig) -> int:
@@ -185,37 +211,96 @@ def check_size(run: RunConfig, typed: int, size: int, limit: int) -> None:
         )
 
 
-def batches(run: RunConfig, dataset: BlockDataset, limit: int) -> Iterator[dict[str, Any]]:
-    """This shard's batches; examples that no model takes are left out, with a warning.
+class Scoring:
+    """The log-probabilities of a split, by all ranks, on rank 0 in the order of one process.
 
-    Raises:
-        DataError: there is none.
+    Args:
+        run: the flags.
+        task: its dictionaries.
+        scorer: the models.
+        world: the ranks that share the split.
     """
-    cfg = run.dataset
-    found = dataset.batches(
-        max_tokens=cfg.max_tokens or DEFAULT_MAX_TOKENS,
-        max_sentences=cfg.batch_size,
-        required_multiple=cfg.required_batch_size_multiple,
-        max_positions=limit,
-        skip_invalid=True,
-        name=cfg.gen_subset,
-    )
-    if not len(found):
-        raise DataError(f"the split {cfg.gen_subset!r} has nothing that could be scored")
-    steps = EpochBatchIterator(
-        dataset,
-        found,
-        world_size=cfg.num_shards,
-        rank=cfg.shard_id,
-        num_workers=cfg.num_workers,
-    ).next_epoch_itr(shuffle=False)
-    if cfg.max_valid_steps is not None:
-        steps.take(cfg.max_valid_steps)
-    return (sample for sample in steps if sample)
+
+    def __init__(
+        self, run: RunConfig, task: LanguageModelingTask, scorer: TargetScorer, world: World
+    ) -> None:
+        self.run = run
+        self.scorer = scorer
+        self.world = world
+        self.pad = task.target_dictionary.pad()
+        # A start symbol is predicted from itself; fairseq does not score it either.
+        self.skip = int(run.task.config.add_bos_token)
+        self.tokens = 0
+        self.seconds = 0.0
+
+    def batches(self, dataset: BlockDataset, limit: int) -> Iterator[list[Scored]]:
+        """Score this rank's batches; on rank 0 the examples of every rank's, as they come.
+
+        Examples that no model takes are left out, with a warning.
+
+        Args:
+            dataset: the blocks.
+            limit: the longest input of the models.
+
+        Raises:
+            DataError: there is nothing to score.
+        """
+        total, mine = self._shares(dataset, limit)
+        bar = tqdm(total=total, unit="batch", disable=not (self.world.is_main and _bar(self.run)))
+        scored: Ordered[list[Scored]] = Ordered(self.world, total)
+        with bar:
+            with free_running(self.scorer.models, self.world):
+                for sample in mine:
+                    scored.put(self._score(to_device(sample, self.world.device)))
+                    for batch in scored.ready():
+                        bar.update()
+                        yield batch
+            for batch in scored.rest():
+                bar.update()
+                yield batch
+
+    def _shares(self, dataset: BlockDataset, limit: int) -> tuple[int, Iterator[dict[str, Any]]]:
+        """How many batches this shard has, and those of this rank."""
+        cfg = self.run.dataset
+        found = dataset.batches(
+            max_tokens=cfg.max_tokens or DEFAULT_MAX_TOKENS,
+            max_sentences=cfg.batch_size,
+            required_multiple=cfg.required_batch_size_multiple,
+            max_positions=limit,
+            skip_invalid=True,
+            name=cfg.gen_subset,
+        )
+        if not len(found):
+            raise DataError(f"the split {cfg.gen_subset!r} has nothing that could be scored")
+        numbers = range(cfg.shard_id, len(found), cfg.num_shards)[: cfg.max_valid_steps]
+        steps = EpochBatchIterator(
+            dataset,
+            [found[number] for number in numbers],
+            world_size=self.world.size,
+            rank=self.world.rank,
+            num_workers=cfg.num_workers,
+        ).next_epoch_itr(shuffle=False)
+        return len(numbers), (sample for sample in steps if sample)
+
+    def _score(self, sample: dict[str, Any]) -> list[Scored]:
+        start = time.perf_counter()
+        scores = self.scorer.score(sample["net_input"], sample["target"]).cpu().numpy()
+        self.seconds += time.perf_counter() - start
+        self.tokens += sample["ntokens"]
+        return list(scored_examples(sample, scores, self.pad, self.skip))
+
+    def speed(self) -> tuple[str, int]:
+        """Tokens and seconds of the models alone, as a line, and the tokens; of all ranks."""
+        work = worked(self.world, {"tokens": self.tokens}, self.seconds)
+        tokens = work.counts["tokens"]
+        return (
+            f"Evaluated {tokens:,} tokens in {work.seconds:.1f}s "
+            f"({work.speeds['tokens']:.2f} tokens/s)"
+        ), tokens
 
 
 class Measuring:
-    """Everything that is counted while batches are scored.
+    """Everything that is counted as batches come, on one rank.
 
     Args:
         run: the flags.
@@ -231,18 +316,10 @@ class Measuring:
         self.joining = join if join is not None else _subword_joining(run, dictionary)
         self.size = TextSize(dictionary, _decoder(run)) if _segmented(run) else None
         self.words = WordStats()
-        # A start symbol is predicted from itself; fairseq does not score it either.
-        self.skip = int(run.task.config.add_bos_token)
-        self.tokens = 0
-        self.seconds = 0.0
 
-    def batch(self, scorer: TargetScorer, sample: dict[str, Any]) -> Iterator[str]:
-        """Score a batch; the lines of --output-word-probs."""
-        start = time.perf_counter()
-        scores = scorer.score(sample["net_input"], sample["target"]).cpu().numpy()
-        self.seconds += time.perf_counter() - start
-        self.tokens += sample["ntokens"]
-        for one in scored_examples(sample, scores, self.dictionary.pad(), self.skip):
+    def batch(self, examples: Sequence[Scored]) -> Iterator[str]:
+        """Count a batch; the lines of --output-word-probs."""
+        for one in examples:
             self.sums.add(one)
             if self.size is not None:
                 self.size.add(one)
@@ -261,15 +338,15 @@ class Measuring:
         """The lines of --output-word-stats."""
         return self.words.lines()
 
-    def speed(self) -> str:
-        """Tokens and seconds of the models alone."""
-        rate = self.tokens / max(self.seconds, 1e-9)
-        return f"Evaluated {self.tokens:,} tokens in {self.seconds:.1f}s ({rate:.2f} tokens/s)"
+    def report(self, subset: str, tokens: int) -> Report:
+        """The results.
 
-    def report(self, subset: str) -> Report:
-        """The results."""
+        Args:
+            subset: the split.
+            tokens: how many were scored.
+        """
         sums = self.sums
-        report = Report(subset, self.tokens, sums.loss, sums.perplexity)
+        report = Report(subset, tokens, sums.loss, sums.perplexity)
         if self.size is None:
             return report
         words, size = self.size.count()

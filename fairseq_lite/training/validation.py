@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from torch import nn
 from fairseq_lite.criteria.api import Criterion
 from fairseq_lite.optim.precision import Precision
 from fairseq_lite.parallel.api import Backend
+from fairseq_lite.parallel.free import free_running
 from fairseq_lite.parallel.world import World
 from fairseq_lite.tasks.api import Sample, Task, to_device
 from fairseq_lite.training.diagnosis import explaining_failure
@@ -21,6 +24,8 @@ from fairseq_lite.training.metrics import Derive, Meters
 from fairseq_lite.training.trainer import add_sums, zero_sums
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def metrics_of(task: Task, criterion: Criterion) -> Derive:
@@ -66,36 +71,65 @@ class Validator:
         *,
         max_steps: int | None = None,
         log_interval: int | None = None,
+        total: int | None = None,
     ) -> Meters:
         """Validate one split.
 
         Args:
             split: its name.
-            batches: this rank's batches; None where it has none left.
+            batches: this rank's batches; None where it has none left. As many on every rank.
             dummy: a batch to compute on, with weight zero, in place of None.
             progress: shown as batches are done.
             max_steps: stop after this many batches of each rank.
-            log_interval: report the figures so far every N batches.
+            log_interval: report the figures so far every N batches of each rank.
+            total: batches of all ranks, where sizes are to be given by batch; None: as in training,
+                those of all ranks together count as one.
 
         Returns:
             The sums over all batches of all ranks.
         """
         meters = Meters(metrics_of(self.task, self.criterion))
+        alone = self.task.generates_in_validation
+        if alone:
+            meters.start()
+        done = 0
         with self._ready(split):
-            for i, batch in enumerate(batches):
-                if max_steps is not None and i >= max_steps:
-                    break
-                meters.add(self.world.sum(self.step(batch, dummy)))
-                progress.advance()
-                if log_interval is not None and (i + 1) % log_interval == 0:
-                    progress.log(meters.values(), tag=split, num_updates=i + 1)
+            # Ranks that generate go their own ways, up to where figures are wanted.
+            size = (log_interval or sys.maxsize) if alone else 1
+            for group in _groups(itertools.islice(batches, max_steps), size):
+                steps, sums = self._together(group, dummy, progress)
+                before, done = done, done + steps
+                weight = steps
+                if total is not None:
+                    weight = min(done * self.world.size, total) - before * self.world.size
+                meters.add(self.world.sum(sums), batches=weight)
+                if log_interval is not None and done % log_interval == 0:
+                    progress.log(meters.values(), tag=split, num_updates=done)
+        self.task.end_validation(split, self.world)
         return meters
+
+    def _together(
+        self, batches: Iterable[Sample | None], dummy: Sample, progress: Progress
+    ) -> tuple[int, dict[str, Any]]:
+        """How many batches this rank was given, None included, and the sums of them."""
+        sums: dict[str, Any] = {}
+        steps = 0
+        with self._alone():
+            for batch in batches:
+                steps += 1
+                # Where ranks need each other in every layer, one without a batch computes another.
+                if batch is not None or not self.task.generates_in_validation:
+                    add_sums(sums, self.step(batch, dummy))
+                progress.advance()
+        return steps, sums
 
     def probe(self, split: str, sample: Sample) -> dict[str, float]:
         """The metrics of one batch: to know which there will be."""
         meters = Meters(metrics_of(self.task, self.criterion))
         with self._ready(split):
-            meters.add(self.world.sum(self.step(sample, sample)))
+            with self._alone():
+                sums = self.step(sample, sample)
+            meters.add(self.world.sum(sums))
         return meters.values()
 
     @contextmanager
@@ -103,11 +137,16 @@ class Validator:
         """Model, criterion and task made ready for a split."""
         self.model.eval()
         self.criterion.eval()
-        with ExitStack() as stack:
-            if self.backend is not None and self.task.generates_in_validation:
-                stack.enter_context(self.backend.whole(self.model))
-            self.task.begin_validation(split, self.model)  # type: ignore[arg-type]
-            yield
+        self.task.begin_validation(split, self.model)  # type: ignore[arg-type]
+        yield
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Inside, ranks take different numbers of steps, if the task has them do so."""
+        if not self.task.generates_in_validation:
+            return nullcontext()
+        if self.backend is not None:
+            return self.backend.whole(self.model)
+        return free_running([self.model], self.world)
 
     def step(self, batch: Sample | None, dummy: Sample) -> dict[str, Any]:
         """The sums of one batch of this rank, zero where it has none."""
@@ -121,3 +160,10 @@ class Validator:
         totals: dict[str, Any] = {}
         add_sums(totals, zero_sums(sums) if batch is None else sums)
         return totals
+
+
+def _groups(items: Iterable[T], size: int) -> Iterator[Iterator[T]]:
+    """Items in groups, each of which is to be used up before the next."""
+    items = iter(items)
+    for first in items:
+        yield itertools.chain([first], itertools.islice(items, size - 1))

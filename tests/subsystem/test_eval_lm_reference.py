@@ -143,7 +143,6 @@ def test_ensembles_and_bf16(messages, lm):
         (["--task", "translation"], "flite-eval-lm measures language models"),
         (["--path", ""], "--path is needed"),
         (["--fp16"], "--fp16 needs a GPU"),
-        (["--distributed-world-size", "2"], "use --num-shards and --shard-id"),
     ],
 )
 def test_one_line_for_what_cannot_work(messages, options, message):

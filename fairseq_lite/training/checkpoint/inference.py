@@ -14,6 +14,8 @@ from torch import Tensor
 from fairseq_lite.config.core import Choice, RunConfig
 from fairseq_lite.errors import CheckpointError, ConfigError, DataError
 from fairseq_lite.models.api import Model
+from fairseq_lite.parallel.experts import has_experts, spread_over
+from fairseq_lite.parallel.world import SingleWorld, World
 from fairseq_lite.registry import Registry
 from fairseq_lite.tasks.api import Task, build_task
 from fairseq_lite.training.checkpoint import bundle, convert, naming, parts
@@ -27,7 +29,7 @@ class Ensemble:
     """Models that were loaded together.
 
     Attributes:
-        models: in evaluation mode, on the CPU.
+        models: in evaluation mode, on the CPU; of each layer the experts that this rank owns.
         task: the task they were built for.
         configs: what each checkpoint says about its run; `bpe` and `tokenizer` fields that named a
             file point to the copy the checkpoint carries.
@@ -56,6 +58,7 @@ def load_models(
     overrides: Mapping[str, Any] | None = None,
     suffix: str = "",
     shard_count: int = 1,
+    world: World | None = None,
 ) -> Ensemble:
     """Load the models of `--path`.
 
@@ -67,11 +70,14 @@ def load_models(
         overrides: `--model-overrides`.
         suffix: `--checkpoint-suffix`.
         shard_count: `--checkpoint-shard-count`.
+        world: the ranks that load them together, each all but other ranks' experts; None: this
+            process alone.
 
     Raises:
         CheckpointError: one line that names the file and what does not fit.
         ConfigError: no path, or an override that names no field.
     """
+    world = SingleWorld() if world is None else world
     names = split_paths(paths) if isinstance(paths, str) else [str(path) for path in paths]
     if not names:
         raise ConfigError(
@@ -89,7 +95,8 @@ def load_models(
             task.load_state_dict(state.get("task_state") or {})
             ensemble = Ensemble([], task, [], folder=folder)
         _compare_languages(config, ensemble.task)
-        ensemble.models.append(_build(config, ensemble.task, parts.model_of(state, path)))
+        weights = parts.model_of(state, path)
+        ensemble.models.append(_build(config, ensemble.task, weights, world))
         ensemble.configs.append(config)
         ensemble.criterion_states.append(state.get("criterion"))
     assert ensemble is not None
@@ -97,18 +104,28 @@ def load_models(
 
 
 def load_for(
-    run: RunConfig, registries: Mapping[str, Registry], task: Task | None = None
+    run: RunConfig,
+    registries: Mapping[str, Registry],
+    task: Task | None = None,
+    world: World | None = None,
 ) -> Ensemble:
     """`load_models` with what a command line says of them."""
     cfg = run.common_eval
-    return load_models(
+    ensemble = load_models(
         cfg.path or "",
         registries,
         task=task,
         overrides=cfg.model_overrides,
         suffix=cfg.checkpoint_suffix,
         shard_count=cfg.checkpoint_shard_count,
+        world=world,
     )
+    if cfg.is_moe and not any(has_experts(model) for model in ensemble.models):
+        raise ConfigError(
+            f"--is-moe: {cfg.path} has no experts: leave the flag out, checkpoints say by "
+            "themselves what they hold"
+        )
+    return ensemble
 
 
 def config_for(run: RunConfig, registries: Mapping[str, Registry]) -> SavedConfig:
@@ -120,7 +137,7 @@ def config_for(run: RunConfig, registries: Mapping[str, Registry]) -> SavedConfi
     cfg = run.common_eval
     path = _existing(split_paths(cfg.path or "")[0], cfg.checkpoint_suffix)
     files = parts.CheckpointFiles(path, cfg.checkpoint_shard_count)
-    state = files.state(files.names()[0], verify=False)
+    state = files.header()
     return convert.saved_config(state, path, registries, cfg.model_overrides)
 
 
@@ -194,9 +211,11 @@ def with_data(run: RunConfig, data: str) -> RunConfig:
     return dataclasses.replace(run, task=task)
 
 
-def _build(config: SavedConfig, task: Task, weights: Mapping[str, Tensor]) -> Model:
+def _build(config: SavedConfig, task: Task, weights: Mapping[str, Tensor], world: World) -> Model:
     _check_vocabulary(config.path, task, weights)
-    model = task.build_model(config.model)
+    # Groups are chosen anew: the model may have been trained on any number of ranks.
+    with spread_over(world, regroup=True):
+        model = task.build_model(config.model)
     try:
         model.load_weights(weights)
     except CheckpointError as e:
