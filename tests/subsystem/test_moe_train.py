@@ -166,6 +166,13 @@ def test_two_processes_log_what_one_does(toy_data: Path, tmp_path: Path) -> None
         assert_close(ours, theirs)
     layers = {record["layer"] for record in lines(two, "moe")}
     assert layers == {"encoder.layers.0", "decoder.layers.0"}
+    # What rank 0 alone would say, were the vectors not summed.
+    half = train(toy_data, tmp_path / "half", *PAIR, *updates)
+    with pytest.raises(AssertionError):
+        assert_close(
+            [r for r in lines(half, "moe") if r["split"] == "train_inner"],
+            [r for r in lines(one, "moe") if r["split"] == "train_inner"],
+        )
 
 
 def sum_vectors(world: World) -> list[dict[str, Any]]:

@@ -222,16 +222,27 @@ def test_a_model_drawn_again_is_the_model_that_was_built() -> None:
 # -- numbers ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("top1", [False, True])
-def test_step_by_step_is_the_whole_at_once(top1: bool) -> None:
-    model = make_language_model(**MOE, moe_top1_expert=top1)
+def stepwise_and_whole(**fields: Any) -> tuple[Tensor, Tensor]:
+    """Logits of a language model over the same tokens, one at a time and all at once."""
+    model = make_language_model(**MOE, **fields)
     tokens = make_prefixes([8, 8, 8])["net_input"]["src_tokens"]
     assert can_cache(model)
     with torch.no_grad():
         tree = TreeDecoder(model.decoder, None, beam=1, max_len=9, sentences=3)
         steps = [tree.step(tokens[:, i : i + 1], None) for i in range(tokens.size(1))]
-        expected = model(tokens)[0]
-    torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=1e-4, atol=1e-4)
+        return torch.cat(steps, dim=1), model(tokens)[0]
+
+
+@pytest.mark.parametrize("top1", [False, True])
+def test_step_by_step_is_the_whole_at_once(top1: bool) -> None:
+    steps, whole = stepwise_and_whole(moe_top1_expert=top1)
+    torch.testing.assert_close(steps, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_capacity_in_evaluation_would_be_seen() -> None:
+    """gshard's way: what is dropped depends on what else is in the batch."""
+    steps, whole = stepwise_and_whole(moe_eval_capacity_token_fraction=0.25)
+    assert float((steps - whole).abs().max()) > 1e-2
 
 
 def test_step_by_step_with_an_encoder() -> None:
