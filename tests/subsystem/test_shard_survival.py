@@ -25,7 +25,8 @@ from tests.helpers.sharded import Training, digests
 pytestmark = pytest.mark.timeout(300)
 
 # argv: the folder, then the cases "BEFORE AFTER POINT RANK [NUMBER]": what was there (ranks; 0 for
-# one whole file), what is being written, and where which rank dies.
+# one whole file; e2 for parts of four experts, written by two), what is being written, and where
+# which rank dies.
 SCRIPT = textwrap.dedent(
     """
     import os, signal, sys, threading, time
@@ -34,9 +35,12 @@ SCRIPT = textwrap.dedent(
     from fairseq_lite.config.core import CheckpointConfig
     from fairseq_lite.errors import CheckpointError
     from fairseq_lite.parallel.api import MAIN_PART, Part
+    from fairseq_lite.parallel.experts import ExpertLayout
+    from fairseq_lite.parallel.shards.experts import Member, Spread
+    from fairseq_lite.parallel.shards.parted import whole_parts
     from fairseq_lite.parallel.shards.pieces import to_part
     from fairseq_lite.parallel.shards.sets import shard_name
-    from fairseq_lite.parallel.shards.spans import Holding, Span
+    from fairseq_lite.parallel.shards.spans import Holding, Span, whole_span
     from fairseq_lite.training.checkpoint import parts, store
     from fairseq_lite.training.checkpoint.writing import CheckpointWriter, Job
     from tests.helpers.sharded import MOMENT, content
@@ -75,8 +79,15 @@ SCRIPT = textwrap.dedent(
             die()
         return done
 
-    def part_of(rank, size, value):
-        w = torch.full((SIZE,), float(value))
+    def part_of(world, kind, value):
+        rank, w = world.rank, torch.full((SIZE,), float(value))
+        if kind[0] == "e":
+            layout = ExpertLayout.of(4, int(kind[1:]))
+            own = layout.owned(layout.place(rank))
+            members = {f"m.{e}.w": Member("m", e, "w") for e in own}
+            held = {"w": whole_span(w), **{name: whole_span(w.clone()) for name in members}}
+            return whole_parts(world, Holding(held), Spread(layout, members))
+        size = int(kind)
         if size == 0:
             return {MAIN_PART: Part({"w": w}, manifest={"world_size": 1})} if rank == 0 else {}
         each = SIZE // size
@@ -84,8 +95,8 @@ SCRIPT = textwrap.dedent(
         manifest = {"world_size": size, "shard": rank}
         return {shard_name(rank): to_part(Holding({"w": span}), manifest)}
 
-    def save(folder, size, value):
-        ranks = max(size, 2)  # a whole file is written by one of two
+    def save(folder, kind, value):
+        ranks = max(int(kind.lstrip("e")), 2)  # a whole file is written by one of two
         barrier, box = threading.Barrier(ranks), [None] * ranks
 
         def gather(obj):
@@ -98,8 +109,9 @@ SCRIPT = textwrap.dedent(
         def run(rank):
             me.rank = rank
             cfg = CheckpointConfig(save_dir=str(folder))
-            writer = CheckpointWriter(cfg, Rank(rank, ranks, gather))
-            own = part_of(rank, size, value)
+            world = Rank(rank, ranks, gather)
+            writer = CheckpointWriter(cfg, world)
+            own = part_of(world, kind, value)
             states = {name: content(part, f"save{value}") for name, part in own.items()}
             writer.submit(Job(list(NAMES), MOMENT, states))
 
@@ -110,9 +122,10 @@ SCRIPT = textwrap.dedent(
             thread.join()
 
     def value_of(path):
-        w = parts.whole_state(path)["model"]["w"]
-        assert w.numel() == SIZE and bool((w == w[0]).all())
-        return int(w[0])
+        model = parts.whole_state(path)["model"]
+        first = model["w"][0]
+        assert all(w.numel() == SIZE and bool((w == first).all()) for w in model.values())
+        return int(first)
 
     folder = Path(sys.argv[1])
     store.commit, store._Recorder.write = dying_commit, dying_write
@@ -120,12 +133,12 @@ SCRIPT = textwrap.dedent(
         before, after, point, rank, *at = case.split()
         place = folder / str(number)
         place.mkdir()
-        save(place, int(before), 0)
+        save(place, before, 0)
         files = sorted(p.name for p in place.iterdir())
         pid = os.fork()
         if pid == 0:
             plan = (point, int(rank), int(at[0]) if at else 0)
-            save(place, int(after), 1)
+            save(place, after, 1)
             os._exit(0)
         status = os.waitpid(pid, 0)[1]
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (case, status)
@@ -134,12 +147,15 @@ SCRIPT = textwrap.dedent(
         assert [value_of(place / name) for name in NAMES] == found, case
         assert not list(place.glob("*.tmp")), case
         print(*found, flush=True)
-        save(place, int(after), 2)
+        save(place, after, 2)
         assert [value_of(place / name) for name in NAMES] == [2, 2], case
         if before == after:
             assert sorted(p.name for p in place.iterdir()) == files, case
     """
 )
+
+
+WHERE = ("before", "after")
 
 
 def survive(folder: Path, *cases: str) -> list[list[int]]:
@@ -183,6 +199,26 @@ def test_from_one_file_to_shards_and_back(tmp_path: Path) -> None:
         "2 0 after-rename 0",
     ]
     assert survive(tmp_path, *cases) == [[0, 0], [0, 0], [0, 0], [1, 0]]
+
+
+def test_parts_of_experts_are_of_one_save(tmp_path: Path) -> None:
+    """The old ones until all ranks have written theirs, then the new ones; never of both."""
+    early = ["e2 e2 byte 0 9", "e2 e2 byte 1 80000", "2 e2 byte 1 9", "e2 2 byte 0 9"]
+    early += ["e4 e2 byte 1 9", "0 e4 byte 3 9"]
+    late = [
+        f"{before} e2 {at}-rename {rank}"
+        for before in ("e2", "e4")
+        for at in WHERE
+        for rank in "01"
+    ]
+    across = ["2 e2 before-rename 1", "2 e2 after-rename 0", "e2 2 before-rename 1"]
+    again = ["e2 e2 after-rename 1 1", "e4 e2 before-rename 0 1", "e2 2 after-rename 0 1"]
+    survived = survive(tmp_path, *early, *late, *across, *again)
+    assert survived[: len(early)] == [[0, 0]] * len(early)
+    del survived[: len(early)]
+    assert survived[: len(late)] == [[1, 0]] * len(late)
+    assert all(first in (0, 1) for first, _ in survived)
+    assert [first for first, _ in survived[-3:]] == [1, 1, 1]
 
 
 def save_and_die(world: World, folder: Path) -> None:
