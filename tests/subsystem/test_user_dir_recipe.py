@@ -212,7 +212,7 @@ def test_the_recipes_commands_run_as_written(shell):
 
 @pytest.mark.parametrize("mode", ["enc,dec", ""])
 def test_run_sh(shell, mode, tmp_path):
-    words = "--max-update 2 --log-format json --log-interval 1 --cpu --no-save"
+    words = "--max-update 2 --log-format json --log-interval 1 --cpu"
     trained = shell.run(
         f"bash $USER_DIR/run.sh {words}",
         MOE_MODE=mode,
