@@ -9,29 +9,38 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 from torch import Tensor, nn
 
+from fairseq_lite.optim.adam import Adam, AdamConfig
 from fairseq_lite.parallel.experts import expert_parameters
 from fairseq_lite.parallel.local import norm_of
 from fairseq_lite.parallel.world import World
+from fairseq_lite.training.checkpoint.parts import CheckpointFiles
+from fairseq_lite.training.trainer import Trainer
 from tests.helpers import moe
 from tests.helpers.distributed import run_distributed
 from tests.helpers.moe import Case, Trained, assert_alike
-from tests.helpers.parity import DEALT
+from tests.helpers.parity import DEALT, NOISE, make_trainer
+from tests.helpers.sharded import write
 from tests.helpers.toy import ADAM
+from tests.helpers.training import assert_same
 
-pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-pytestmark = pytest.mark.timeout(300)
+# Not `importorskip`: ranks import this file, too, and DeepSpeed is to come in quietly.
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed"),
+]
 
 FP16 = ("--fp16", "--fp16-init-scale", "4")
 AVERAGE = ("--store-ema", "--ema-decay", "0.9")
-DROP = ("--decoder-layerdrop", "0.5")
 
 
 @dataclass(frozen=True)
@@ -52,8 +61,7 @@ class Row:
 GRID = [Row(Case(experts=e, top=k)) for e, k in itertools.product((2, 4, 8), (1, 2))]
 LONG = Row(Case(4), updates=len(DEALT))
 SPECIAL = [
-    LONG,
-    Row(Case(4, training=(*ADAM, *AVERAGE))),
+    Row(Case(4, training=(*moe.TRAINING, *AVERAGE))),
     Row(Case(4, model="lm")),
     Row(Case(4, training=(*ADAM, "--bf16")), tolerance=2e-2),
     Row(Case(4, training=(*ADAM, *FP16)), tolerance=2e-3),
@@ -140,11 +148,11 @@ Ran = Callable[[int], dict[Row, list[Trained]]]
 
 def rows_of(ranks: int) -> list[Row]:
     if ranks == 0:
-        return [*GRID, *SPECIAL]
+        return [*GRID, LONG, *SPECIAL]
     if ranks == 2:
         bugs = [replace(row, bug=bug) for bug in BUGS for row in at_stages([LONG], (1, 2))]
-        return [*at_stages([*GRID, *SPECIAL]), *bugs]
-    return at_stages(GRID if ranks == 4 else [GRID[2], *SPECIAL[:2]])
+        return [*at_stages([*GRID, LONG]), *at_stages(SPECIAL, (1, 2)), *bugs]
+    return at_stages(GRID if ranks == 4 else [LONG])
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +193,253 @@ def test_bugs_are_noticed(ran: Ran, bug: str, stage: str) -> None:
     row = replace(LONG, case=replace(LONG.case, backend=stage), bug=bug)
     with pytest.raises(AssertionError):
         assert_alike(one, ran(2)[row])
+
+
+# -- parameters that not all ranks use --------------------------------------------------------
+
+
+class Branches(nn.Module):
+    """A branch that only some batches take, one that none takes, tied and frozen parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed = nn.Embedding(11, 7)
+        self.sometimes = nn.Linear(7, 7)
+        self.never = nn.Linear(7, 5)
+        self.frozen = nn.Linear(7, 7).requires_grad_(False)
+        self.shift = nn.Parameter(torch.tensor(0.3))
+        self.out = nn.Linear(7, 11, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor, branch: bool) -> Tensor:
+        hidden = torch.tanh(self.frozen(self.embed(tokens))) * self.shift
+        hidden = hidden + self.sometimes(hidden) if branch else hidden
+        logits: Tensor = self.out(hidden)
+        return logits
+
+
+def train_branches(world: World, settings: Sequence[dict[str, Any]]) -> list[Any]:
+    """Four updates of four batches each, one of which takes the branch in every other update."""
+    from fairseq_lite.parallel.deepspeed_moe import backends
+    from fairseq_lite.parallel.deepspeed_moe.settings import ZeroSettings
+
+    found = []
+    for each in settings:
+        asked = ZeroSettings(**each)
+        kind = backends.ZeroSharded if asked.stage else backends.Replicated
+        backend = kind(asked, world)
+        model = backend.wrap(Branches)
+        params = [param for param in model.parameters() if param.requires_grad]
+        optimizer = backend.adapt_optimizer(
+            model, Adam(params, AdamConfig(weight_decay=0.1), lr=0.05)
+        )
+        norms = []
+        for update in range(4):
+            optimizer.zero_grad()
+            mine = range(world.rank, 4, world.size)
+            for i in mine:
+                torch.manual_seed(10 * update + i)
+                tokens = torch.randint(11, (5,))
+                with backend.accumulate(model, last=i == mine[-1]):
+                    logits = model(tokens, branch=i == 1 and update % 2 == 0)
+                    loss = nn.functional.cross_entropy(logits, tokens.roll(1), reduction="sum")
+                    backend.backward(model, loss)
+            backend.reduce_gradients(model)
+            optimizer.scale_gradients(world.size / 20)
+            norms.append(float(backend.grad_norm(model)))
+            optimizer.clip(norms[-1], 0.5)
+            optimizer.step()
+        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        found.append((norms, weights, len(optimizer.state)))
+    world.close()
+    return found
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"stage": 0},
+    *(
+        {"stage": stage, **more}
+        for stage in (1, 2)
+        for more in (
+            {},
+            {"reduce_bucket_size": 30},  # smaller than some parameters
+            {"round_robin_gradients": True},
+            {"use_multi_rank_bucket_allreduce": False, "reduce_bucket_size": 60},
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_may_use_different_parameters(ranks: int) -> None:
+    ((one_norms, one, _),) = run_distributed(train_branches, 1, SETTINGS[:1])[0]
+    start = Branches().state_dict()
+    settings = SETTINGS if ranks == 2 else [SETTINGS[0], SETTINGS[1], SETTINGS[7]]
+    ran = run_distributed(train_branches, ranks, settings, timeout=150.0)
+    for found in zip(settings, *ran, strict=True):
+        for norms, weights, states in found[1:]:
+            assert norms == pytest.approx(one_norms, rel=1e-5), found[0]
+            for name, weight in weights.items():
+                torch.testing.assert_close(weight, one[name], rtol=0, atol=1e-5, msg=name)
+                assert torch.equal(weight, found[1][1][name]), "the same on all ranks"
+            # What nobody used is left as it is: no decay, no state.
+            assert torch.equal(weights["never.weight"], start["never.weight"])
+            assert states == 4
+
+
+# -- checkpoints ------------------------------------------------------------------------------
+
+DENSE = [*moe.MODELS["pair"], "--dropout", "0"]
+STATES = {
+    "moe": [*Case(2, training=(*ADAM, *AVERAGE)).flags],
+    "dense": [*DENSE, *ADAM, *AVERAGE],
+}
+HOW = {"legacy_ddp": [], **moe.ZERO}
+
+
+@dataclass
+class State:
+    """Where a rank is after some updates."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    weights: dict[str, moe.Piece] = field(default_factory=dict)
+    average: dict[str, moe.Piece] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+
+
+def updates(trainer: Trainer, batches: list[Any], start: int, stop: int) -> State:
+    """Make updates as any number of ranks would, and say where that leads."""
+    world, state = trainer.world, State()
+    stream = itertools.cycle(batches)
+    trainer.state.num_updates = start
+    trainer.begin_epoch(1)
+    for update in range(stop):
+        dealt = [next(stream) for _ in range(4)]
+        if update >= start:
+            done = trainer.train_step(dealt[world.rank :: world.size])
+            assert done is not None
+            state.losses.append(done.sums["loss"] / done.sums["sample_size"])
+            state.norms.append(done.grad_norm)
+    # Of the gradient of a key's bias, which is rounding noise, Adam makes full steps.
+    kept = {n: p for n, p in moe.weights_of(trainer.model).items() if not n.endswith(NOISE)}
+    state.weights = kept
+    assert trainer.average is not None
+    state.average = {n: moe._piece(trainer.average.weights[n]) for n in kept}
+    state.optimizer = {
+        f"{number}.{key}": value.clone() if isinstance(value, Tensor) else value
+        for number, entry in trainer.optimizer.state_dict()["state"].items()
+        for key, value in entry.items()
+    }
+    return state
+
+
+def save(trainer: Trainer, path: Path, *, crashed: bool = False) -> None:
+    average = None if trainer.average is None else trainer.average.weights
+    backend = trainer.backend
+    own = (backend.crash_parts if crashed else backend.save_parts)(
+        trainer.model, trainer.optimizer, average
+    )
+    write(trainer.world, path, own, "a")
+
+
+def checkpoints(
+    world: World, data: Path, folder: Path, kinds: Sequence[str], files: Sequence[str]
+) -> dict[tuple[str, str], State]:
+    """Write a checkpoint of each kind, and go on from each of some files in every way.
+
+    Args:
+        world: the ranks.
+        data: a data folder.
+        folder: of the checkpoints: `KIND-RANKS-HOW.pt`.
+        kinds: of `STATES`.
+        files: their names, without the ending.
+
+    Returns:
+        (file, how) -> the state two updates later; how is "on" for the run that wrote it.
+    """
+    found: dict[tuple[str, str], State] = {}
+    for kind, how in itertools.product(kinds, HOW):
+        name = f"{kind}-{world.size}-{how}"
+        trainer, batches = make_trainer(world, data, [*STATES[kind], *HOW[how]])
+        updates(trainer, batches, 0, 2)
+        save(trainer, folder / f"{name}.pt")
+        if how in ("zero1", "zero2"):
+            save(trainer, folder / f"{name}_crashed.pt", crashed=True)
+        found[name, "on"] = updates(trainer, batches, 2, 4)
+    world.barrier()
+    for file, how in itertools.product(files, HOW):
+        flags = [*STATES[file.partition("-")[0]], *HOW[how], "--seed", "9"]
+        trainer, batches = make_trainer(world, data, flags)
+        assert trainer.average is not None
+        reader = CheckpointFiles(folder / f"{file}.pt")
+        trainer.backend.load_parts(
+            trainer.model, trainer.optimizer, reader, trainer.average.weights
+        )
+        found[file, how] = updates(trainer, batches, 2, 4)
+    world.close()
+    return found
+
+
+Found = dict[tuple[str, str], list[State]]
+
+
+@pytest.fixture(scope="module")
+def resumed(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """Written on 4, 2 and 1 ranks, and read on each."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    on_four = [f"moe-4-{how}" for how in HOW]
+    on_two = [f"{kind}-2-{how}" for kind in STATES for how in HOW]
+    crashed = [f"{kind}-2-{how}_crashed" for kind in STATES for how in ("zero1", "zero2")]
+    plan = {
+        4: (["moe"], on_four),
+        2: (["moe", "dense"], [*on_two, *crashed, "moe-4-zero1", "moe-4-zero2"]),
+        1: ([], ["moe-4-zero2", "moe-2-zero1", "dense-2-zero1", "dense-2-zero2"]),
+    }
+    found: Found = {}
+    for ranks, (kinds, files) in plan.items():
+        ran = run_distributed(checkpoints, ranks, toy_data, folder, kinds, files, timeout=200.0)
+        for key in ran[0]:
+            file, how = key
+            found[file, f"{how} on {ranks}"] = [rank[key] for rank in ran]
+    return found
+
+
+def test_checkpoints_are_everybodys(resumed: Found) -> None:
+    """Any stage and any number of ranks goes on from what any other wrote."""
+    ends = {key: states for key, states in resumed.items() if not key[1].startswith("on on")}
+    assert len(ends) == (4 + 14 + 4) * len(HOW)
+    for (file, how), states in ends.items():
+        written_on = file.split("-")[1]
+        went_on = resumed[file.removesuffix("_crashed"), f"on on {written_on}"]
+        for state in states:
+            assert state.losses == pytest.approx(went_on[0].losses, rel=1e-5), (file, how)
+            assert state.norms == pytest.approx(went_on[0].norms, rel=1e-5), (file, how)
+        for kind in ("weights", "average"):
+            ours = moe.assembled([getattr(state, kind) for state in states])
+            theirs = moe.assembled([getattr(state, kind) for state in went_on])
+            assert ours.keys() == theirs.keys()
+            for name, tensor in theirs.items():
+                off = float((ours[name] - tensor).abs().max())
+                assert off < 2e-5, f"{file} {how}: {kind} of {name}: {off}"
+
+
+def test_the_same_ranks_go_on_to_the_last_bit(resumed: Found) -> None:
+    compared = 0
+    for (file, how), states in resumed.items():
+        kind, ranks, wrote = file.split("-")
+        went_on = resumed.get((file.removesuffix("_crashed"), f"on on {ranks}"))
+        if went_on is None or how != f"{wrote.removesuffix('_crashed')} on {ranks}":
+            continue
+        compared += 1
+        for state, other in zip(states, went_on, strict=True):
+            assert (state.losses, state.norms) == (other.losses, other.norms), (file, how)
+            assert_same(state.optimizer, other.optimizer, f"{file} {how}: optimizer")
+            for (_, _, mine), (_, _, theirs) in zip(
+                (*state.weights.values(), *state.average.values()),
+                (*other.weights.values(), *other.average.values()),
+                strict=True,
+            ):
+                assert torch.equal(mine, theirs), (file, how, kind)
+    assert compared == 4 + 8 + 4

@@ -66,6 +66,10 @@ def ensure_comm(device: torch.device | str = "cpu") -> None:
                 verbose=False,
                 dist_init_required=True,
             )
+        # torch's newer name for it does the same; DeepSpeed would be warned of at every update.
+        warnings.filterwarnings(
+            "ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning
+        )
     _forget_groups_of_the_dead()
 
 
