@@ -62,9 +62,10 @@ def outputs(world: World, cases: Mapping[str, Case]) -> dict[str, str]:
 
 
 def _without_clocks(text: str) -> str:
-    """The lines without times of day and speeds."""
-    lines = [line.split(" | ", 1)[-1] for line in text.splitlines() if "Evaluated" not in line]
-    return re.sub(r"\| wps [\d.e+]+ ", "", "\n".join(lines))
+    """The lines without times of day and speeds, nor the one that repeats all flags."""
+    lines = [line.split(" | ", 1)[-1] for line in text.splitlines()]
+    kept = [line for line in lines if "Evaluated" not in line and '{"command"' not in line]
+    return re.sub(r"\| wps [\d.e+]+ ", "", "\n".join(kept))
 
 
 def pairs(folder: Path, test: Sequence[int], seed: int = 3) -> Path:

@@ -15,6 +15,7 @@ from fairseq_lite.config.core import Choice, RunConfig
 from fairseq_lite.errors import CheckpointError, ConfigError, DataError
 from fairseq_lite.models.api import Model
 from fairseq_lite.parallel.experts import has_experts, spread_over
+from fairseq_lite.parallel.shards import parted, pieces
 from fairseq_lite.parallel.world import SingleWorld, World
 from fairseq_lite.registry import Registry
 from fairseq_lite.tasks.api import Task, build_task
@@ -22,6 +23,8 @@ from fairseq_lite.training.checkpoint import bundle, convert, naming, parts
 from fairseq_lite.training.checkpoint.convert import SavedConfig
 
 logger = logging.getLogger(__name__)
+
+Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass
@@ -86,7 +89,10 @@ def load_models(
     ensemble: Ensemble | None = None
     for name in names:
         path = _existing(name, suffix)
-        state = parts.whole_state(path, shard_count, optimizer=False)
+        files = parts.CheckpointFiles(path, shard_count)
+        # What is in parts several ranks share out: each reads its own experts.
+        shared = world.size > 1 and pieces.is_in_parts(files)
+        state = files.header() if shared else parts.whole_state(path, shard_count, optimizer=False)
         state = convert.upgraded_state(state, path)
         config = convert.saved_config(state, path, registries, overrides)
         if ensemble is None:
@@ -95,8 +101,12 @@ def load_models(
             task.load_state_dict(state.get("task_state") or {})
             ensemble = Ensemble([], task, [], folder=folder)
         _compare_languages(config, ensemble.task)
-        weights = parts.model_of(state, path)
-        ensemble.models.append(_build(config, ensemble.task, weights, world))
+        model = _build(config, ensemble.task, _shapes(state, path), world)
+        if shared:
+            parted.load_weights(world, model, files)
+        else:
+            _load(model, parts.model_of(state, path), path)
+        ensemble.models.append(model.eval())
         ensemble.configs.append(config)
         ensemble.criterion_states.append(state.get("criterion"))
     assert ensemble is not None
@@ -211,17 +221,27 @@ def with_data(run: RunConfig, data: str) -> RunConfig:
     return dataclasses.replace(run, task=task)
 
 
-def _build(config: SavedConfig, task: Task, weights: Mapping[str, Tensor], world: World) -> Model:
-    _check_vocabulary(config.path, task, weights)
+def _build(config: SavedConfig, task: Task, shapes: Mapping[str, Shape], world: World) -> Model:
+    _check_vocabulary(config.path, task, shapes)
     # Groups are chosen anew: the model may have been trained on any number of ranks.
     with spread_over(world, regroup=True):
-        model = task.build_model(config.model)
+        return task.build_model(config.model)
+
+
+def _shapes(state: Mapping[str, Any], path: Path) -> dict[str, Shape]:
+    """The shapes of a checkpoint's weights, also from a part that holds stretches of them only."""
+    table = (parts.own(state).get("manifest") or {}).get("tensors") or {}
+    return {
+        name: tuple(table.get(f"model.{name}", {}).get("shape", tensor.shape))
+        for name, tensor in parts.model_of(state, path).items()
+    }
+
+
+def _load(model: Model, weights: Mapping[str, Tensor], path: Path) -> None:
     try:
         model.load_weights(weights)
     except CheckpointError as e:
-        raise CheckpointError(f"{config.path}: {e}") from e
-    model.eval()
-    return model
+        raise CheckpointError(f"{path}: {e}") from e
 
 
 def _compare_languages(config: SavedConfig, task: Task) -> None:
@@ -242,21 +262,21 @@ def _compare_languages(config: SavedConfig, task: Task) -> None:
         )
 
 
-def _check_vocabulary(path: Path, task: Task, weights: Mapping[str, Tensor]) -> None:
+def _check_vocabulary(path: Path, task: Task, shapes: Mapping[str, Shape]) -> None:
     """Name a dictionary that is not the one of training, before shapes clash somewhere deep."""
     source, target = task.source_dictionary, task.target_dictionary
     sides = [("encoder", "source", source), ("decoder", "target", target)]
-    if not any(name.startswith("encoder.") for name in weights):
+    if not any(name.startswith("encoder.") for name in shapes):
         # A language model's decoder reads what the source dictionary numbers; its targets may be
         # fewer.
         sides = [("decoder", "source", source)]
     for side, what, dictionary in sides:
-        table = weights.get(f"{side}.embed_tokens.weight")
-        if table is None or dictionary is None or table.dim() != 2:
+        shape = shapes.get(f"{side}.embed_tokens.weight")
+        if shape is None or dictionary is None or len(shape) != 2:
             continue
-        if table.shape[0] != len(dictionary):
+        if shape[0] != len(dictionary):
             raise CheckpointError(
-                f"{path}: was trained with {table.shape[0]} {what} symbols, the {what} "
+                f"{path}: was trained with {shape[0]} {what} symbols, the {what} "
                 f"dictionary of this data folder has {len(dictionary)}: use the dict.*.txt it was "
                 "trained with"
             )
