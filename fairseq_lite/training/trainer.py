@@ -20,6 +20,7 @@ from fairseq_lite.config.core import OptimizationConfig
 from fairseq_lite.criteria.api import Criterion
 from fairseq_lite.errors import TrainingError
 from fairseq_lite.models.api import Model
+from fairseq_lite.moe.experts import casts_kept
 from fairseq_lite.optim.api import Optimizer, Schedule
 from fairseq_lite.optim.precision import Precision
 from fairseq_lite.parallel.api import Backend
@@ -160,15 +161,16 @@ class Trainer:
 
     def _accumulate(self, batches: Sequence[Sample | None]) -> dict[str, Any]:
         totals: dict[str, Any] = {}
-        for i, batch in enumerate(batches):
-            with (
-                explaining_failure(self.world.rank, batch),
-                self.backend.accumulate(self.model, last=i == len(batches) - 1),
-            ):
-                loss, batch_sums = self._forward(batch)
-                with self.precision.products():
-                    self.backend.backward(self.model, self.precision.scale(loss))
-            add_sums(totals, batch_sums)
+        with casts_kept(self.model):  # no weight changes before the last of them
+            for i, batch in enumerate(batches):
+                with (
+                    explaining_failure(self.world.rank, batch),
+                    self.backend.accumulate(self.model, last=i == len(batches) - 1),
+                ):
+                    loss, batch_sums = self._forward(batch)
+                    with self.precision.products():
+                        self.backend.backward(self.model, self.precision.scale(loss))
+                add_sums(totals, batch_sums)
         return totals
 
     def _forward(self, batch: Sample | None) -> tuple[Tensor, dict[str, Any]]:
