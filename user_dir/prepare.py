@@ -10,8 +10,9 @@ so (`PREFIX.LANG.xz`). The rules, in this order:
 2. Of the lines of the training text, those whose number, from 1, is a multiple of --valid-every are
    the validation set, the others the training set. With --valid they all are training data.
 3. One sentencepiece model is trained on both sides of the training set.
-4. Of training and validation data, a pair goes if a side has fewer than --min or more than --max
-   pieces, or one side more than --ratio times as many as the other. Test data is never cleaned.
+4. Of the training text, a pair goes if a side has fewer than --min or more than --max pieces, or one
+   side more than --ratio times as many as the other; of the validation set, too, where that comes
+   from the training text. Other validation data, and test data, are never cleaned.
 
 Writes `train.LANG`, `valid.LANG`, `test.LANG`, `raw/test.LANG` (the references as they are) and
 `spm.model`. With the same input it writes the same files.
@@ -162,11 +163,12 @@ def segment(args: argparse.Namespace, raw: Path) -> None:
     """Steps 3 and 4."""
     pieces = train_pieces(args, raw)
     limits = Limits(args.min, args.max, args.ratio)
+    cleaned = {"train"} if args.valid else {"train", "valid"}
 
     def cut(part: str) -> Iterator[Pair]:
         for pair in pairs([str(raw / part)], args.langs):
             source, target = pieces.encode(list(pair), out_type=str)
-            if part == "test" or limits.keep(len(source), len(target)):
+            if part not in cleaned or limits.keep(len(source), len(target)):
                 yield " ".join(source), " ".join(target)
 
     for part in ("train", "valid", "test"):

@@ -119,6 +119,16 @@ def test_the_rules_of_preparation(text, tmp_path):
     assert read("train.en")[0].startswith("▁")
 
 
+def test_validation_text_of_its_own_is_not_cleaned(text, tmp_path):
+    write(text / "valid.de", ["das Haus", "ja ja ja ja ja ja ja ja"])
+    write(text / "valid.en", ["the house", "yes"])
+    prepare(text, tmp_path / "out", "--valid", str(text / "valid"))
+    read = (tmp_path / "out" / "valid.en").read_text(encoding="utf-8").splitlines()
+    assert len(read) == 2
+    train = (tmp_path / "out" / "raw" / "train.en").read_text(encoding="utf-8").splitlines()
+    assert len(train) == 299  # none is held out
+
+
 def test_preparation_is_the_same_each_time(text, tmp_path):
     for name in ("a", "b"):
         prepare(text, tmp_path / name)
