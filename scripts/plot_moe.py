@@ -3,12 +3,13 @@
 
     python scripts/plot_moe.py train.log --out experts.png
     python scripts/plot_moe.py train.log --split valid --layer decoder.layers.5
+    python scripts/plot_moe.py train.log --key wanted
 
 Reads what flite-train writes with `--log-format json`, on standard output or to `--log-file`:
 beside every line of figures one for each layer of experts (see docs/moe.md). A row of a picture is
-an expert, its colour the share of the rows that it computed since the line before, 1 being an equal
-share; below it stands the share of what was dropped. Needs matplotlib (`pip install
-'fairseq-lite[plot]'`).
+an expert, its colour the share of the rows that it computed since the line before (with `--key
+wanted`, of those that were sent to it, dropped ones included), 1 being an equal share. Below stands
+the share of what was dropped. Needs matplotlib (`pip install 'fairseq-lite[plot]'`).
 """
 
 from __future__ import annotations
@@ -46,11 +47,12 @@ def read(lines: Iterable[str]) -> Records:
     return found
 
 
-def draw(layers: Mapping[str, Mapping[int, Record]], out: Path) -> None:
-    """A picture of the load of each layer.
+def draw(layers: Mapping[str, Mapping[int, Record]], key: str, out: Path) -> None:
+    """A picture of what the experts of each layer had to do.
 
     Args:
         layers: records by layer and number of updates.
+        key: "load" or "wanted".
         out: the file.
     """
     plots = pyplot()
@@ -62,42 +64,45 @@ def draw(layers: Mapping[str, Mapping[int, Record]], out: Path) -> None:
         squeeze=False,
     )
     for i, (name, by_update) in enumerate(layers.items()):
-        updates = sorted(by_update)
-        _draw_load(figure, rows[2 * i][0], name, updates, [by_update[u]["load"] for u in updates])
-        _draw_dropped(rows[2 * i + 1][0], updates, [by_update[u]["dropped"] for u in updates])
+        records = [by_update[updates] for updates in sorted(by_update)]
+        above, below = rows[2 * i][0], rows[2 * i + 1][0]
+        mesh = _draw_shares(above, records, key)
+        figure.colorbar(mesh, ax=above, label=f"{key} x experts", extend="max")
+        above.set_title(name)
+        above.tick_params(labelbottom=False)
+        ends = [record["updates"] for record in records]
+        below.plot(ends, [100.0 * record["dropped"] for record in records], linewidth=1.0)
+        below.set(xlabel="updates", ylabel="% drop", ylim=(0, None), xlim=above.get_xlim())
+        below.grid(alpha=0.3)
     figure.savefig(out, dpi=150)
 
 
-def _draw_load(
-    figure: Any, axes: Any, name: str, updates: Sequence[int], shares: Sequence[Sequence[float]]
-) -> None:
+def _draw_shares(axes: Any, records: Sequence[Record], key: str) -> Any:
+    shares = [record[key] for record in records]
+    ends = [record["updates"] for record in records]
     experts = len(shares[0])
     # A record stands for the updates from the one before it on.
-    edges = [updates[0] - (updates[1] - updates[0] if len(updates) > 1 else 1), *updates]
+    begin = ends[0] - (ends[1] - ends[0] if len(ends) > 1 else 1)
     mesh = axes.pcolormesh(
-        edges,
+        [begin, *ends],
         [e - 0.5 for e in range(experts + 1)],
         [[share[e] * experts for share in shares] for e in range(experts)],
         vmin=0.0,
         vmax=2.0,
         cmap="RdBu_r",
     )
-    axes.set(title=name, ylabel="expert", xlim=(edges[0], edges[-1]))
+    axes.set(ylabel="expert", xlim=(begin, ends[-1]))
     axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.tick_params(labelbottom=False)
-    figure.colorbar(mesh, ax=axes, label="share x experts", extend="max")
-
-
-def _draw_dropped(axes: Any, updates: Sequence[int], dropped: Sequence[float]) -> None:
-    axes.plot(updates, [100.0 * share for share in dropped], linewidth=1.0)
-    axes.set(xlabel="updates", ylabel="dropped %", ylim=(0, None))
-    axes.grid(alpha=0.3)
+    return mesh
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("log", type=Path)
     parser.add_argument("--split", help="train_inner (default), train, valid, …")
+    parser.add_argument(
+        "--key", choices=("load", "wanted"), default="load", help="computed rows, or also dropped"
+    )
     parser.add_argument("--layer", help="only this one, as in decoder.layers.1")
     parser.add_argument("--out", type=Path, default=Path("moe.png"), help="the picture to write")
     args = parser.parse_args(argv)
@@ -115,7 +120,7 @@ def main(argv: Sequence[str]) -> None:
         if args.layer not in layers:
             raise DataError(f"--layer {args.layer}: {args.log} has {', '.join(layers)}")
         layers = {args.layer: layers[args.layer]}
-    draw(layers, args.out)
+    draw(layers, args.key, args.out)
 
 
 if __name__ == "__main__":

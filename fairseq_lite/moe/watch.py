@@ -121,7 +121,8 @@ class LayerSums:
             "dropped": _short(_share(self.dropped.sum(), self.wanted.sum())),
             "entropy": _short(self.mean_entropy),
             "unused": int((self.load == 0).sum()),
-            "load": [_short(x) for x in (self.load / self.load.sum().clamp_min(1)).tolist()],
+            "load": _shares(self.load),
+            "wanted": _shares(self.wanted.sum(0)),
         }
 
 
@@ -175,6 +176,10 @@ def _figures(layer: LayerSums) -> dict[str, float]:
 
 def _share(part: Tensor, whole: Tensor) -> float:
     return float(part / whole.clamp_min(1.0))
+
+
+def _shares(counts: Tensor) -> list[float]:
+    return [_short(share) for share in (counts / counts.sum().clamp_min(1.0)).tolist()]
 
 
 def _short(value: float) -> float:

@@ -26,7 +26,7 @@ TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 Values = Mapping[str, float]
-# Of each layer of experts, by name: numbers, and "load", the share of each expert.
+# Of each layer of experts, by name: numbers, and lists with the share of each expert.
 Layers = Mapping[str, Mapping[str, Any]]
 
 
@@ -147,21 +147,12 @@ class TensorBoard(Sink):
         writer.flush()
 
     def write_layers(self, layers: Layers, tag: str, step: int) -> None:
-        """The numbers, and `moe/LAYER/load`: a histogram with a bar for each expert."""
+        """The numbers, and each list as a histogram with a bar for each expert."""
         super().write_layers(layers, tag, step)
         for name, values in layers.items():
-            shares = values["load"]
-            self._writer(tag).add_histogram_raw(
-                f"moe/{name}/load",
-                min=0,
-                max=len(shares),
-                num=sum(shares),
-                sum=sum(e * share for e, share in enumerate(shares)),
-                sum_squares=sum(e * e * share for e, share in enumerate(shares)),
-                bucket_limits=[e + 1 for e in range(len(shares))],
-                bucket_counts=shares,
-                global_step=step,
-            )
+            for key, shares in values.items():
+                if isinstance(shares, list):
+                    _add_bars(self._writer(tag), f"moe/{name}/{key}", shares, step)
 
     def _writer(self, tag: str) -> Any:
         if tag not in self._writers:
@@ -177,6 +168,20 @@ class TensorBoard(Sink):
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()
+
+
+def _add_bars(writer: Any, name: str, bars: list[float], step: int) -> None:
+    writer.add_histogram_raw(
+        name,
+        min=0,
+        max=len(bars),
+        num=sum(bars),
+        sum=sum(i * bar for i, bar in enumerate(bars)),
+        sum_squares=sum(i * i * bar for i, bar in enumerate(bars)),
+        bucket_limits=[i + 1 for i in range(len(bars))],
+        bucket_counts=bars,
+        global_step=step,
+    )
 
 
 class WandB(Sink):

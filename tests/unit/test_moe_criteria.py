@@ -32,7 +32,9 @@ from tests.helpers.generation import PAD, make_dictionary, make_model, make_samp
 
 TASK = SimpleNamespace(target_dictionary=make_dictionary())
 MOE: dict[str, Any] = {
-    **{"moe_freq": 1, "moe_expert_count": 4, "moe_second_expert_policy": "all"},
+    "moe_freq": 1,
+    "moe_expert_count": 4,
+    "moe_second_expert_policy": "all",
     "dropout": 0.0,
 }
 LAYERS = [f"{side}.layers.{i}" for side in ("encoder", "decoder") for i in (0, 1)]
@@ -95,7 +97,7 @@ def test_the_logarithm_of_the_balance(caplog: pytest.LogCaptureFixture) -> None:
         batch([5, 5, 5]),
     )  # padding would count in training only
     reports = model(**sample["net_input"])[1]["experts"].values()
-    mean = sum(float(report.balance) for report in reports) / 4
+    mean = sum(float(report.balance.detach()) for report in reports) / 4
     assert mean > 1.01
     with caplog.at_level(logging.WARNING):
         criterion = make(moe_gate_loss_transform="neg_log", moe_gate_loss_wt=-1.0)
@@ -213,6 +215,7 @@ def test_figures_of_sums_and_not_means_of_means() -> None:
     assert layer["unused"] == 0
     assert sum(layer["load"]) == pytest.approx(1.0, abs=1e-3)
     assert layer["load"][9] == pytest.approx((20 + 10) / 194, rel=1e-3)
+    assert layer["wanted"][0] == pytest.approx((10 + 10) / 200, rel=1e-3)
 
 
 def test_layers_are_averaged_and_top_1_has_one_choice() -> None:
@@ -321,10 +324,10 @@ def test_layers_in_json_and_tensorboard(tmp_path: Path, caplog: pytest.LogCaptur
     events.Reload()
     keys = ("balance", "dropped", "entropy", "unused")
     assert set(events.Tags()["scalars"]) == {f"moe/{n}/{key}" for n in LAYERS for key in keys}
-    [load] = events.Histograms("moe/decoder.layers.1/load")
-    assert load.step == 12
-    bars = load.histogram_value.bucket
-    assert bars == pytest.approx(layers["decoder.layers.1"]["load"])
+    for key in ("load", "wanted"):
+        [event] = events.Histograms(f"moe/decoder.layers.1/{key}")
+        assert event.step == 12
+        assert event.histogram_value.bucket == pytest.approx(layers["decoder.layers.1"][key])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train_inner"], "nothing of no layers"
 
 
@@ -362,7 +365,7 @@ def script() -> ModuleType:
 
 def log_line(split: str, layer: str, updates: int, load: list[float]) -> str:
     record = {"split": split, "epoch": 1, "updates": updates, "layer": layer, "balance": 1.0}
-    record |= {"dropped": 0.25, "entropy": 0.5, "unused": 0, "load": load}
+    record |= {"dropped": 0.25, "entropy": 0.5, "unused": 0, "load": load, "wanted": load}
     return f"2026-01-01 00:00:00 | INFO | moe | {json.dumps(record)}"
 
 
@@ -394,7 +397,7 @@ def test_a_picture_of_the_experts(script: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     log, out = tmp_path / "a.log", tmp_path / "moe.png"
     log.write_text(LOG)
-    for more in ([], ["--split", "valid"], ["--layer", "b"]):
+    for more in ([], ["--split", "valid"], ["--layer", "b", "--key", "wanted"]):
         out.unlink(missing_ok=True)
         script.main([str(log), "--out", str(out), *more])
         assert out.read_bytes().startswith(b"\x89PNG")
