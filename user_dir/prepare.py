@@ -10,8 +10,8 @@ so (`PREFIX.LANG.xz`). The rules, in this order:
 2. Of the lines of the training text, those whose number, from 1, is a multiple of --valid-every are
    the validation set, the others the training set. With --valid they all are training data.
 3. One sentencepiece model is trained on both sides of the training set.
-4. Of the training text, a pair goes if a side has fewer than --min or more than --max pieces, or one
-   side more than --ratio times as many as the other; of the validation set, too, where that comes
+4. Of the training text, a pair goes if a side has fewer than --min or more than --max pieces, or
+   one more than --ratio times as many as the other; of the validation set, too, where that comes
    from the training text. Other validation data, and test data, are never cleaned.
 
 Writes `train.LANG`, `valid.LANG`, `test.LANG`, `raw/test.LANG` (the references as they are) and

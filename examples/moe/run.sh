@@ -5,6 +5,7 @@
 #
 # Both models are trained for MINUTES minutes (5) by NUM_GPUS processes (2), by the recipe of user_dir/run.sh with the
 # settings below. A token goes through one expert of the inner width of the dense block: equal active parameters.
+# MOE_FLAGS are those of the run with experts (--no-drop-tokens), MORE those of both, for example "--log-interval 2".
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -29,13 +30,13 @@ if [[ ! -d "$DATABIN" ]]; then
         --trainpref "$WORK/text/train" --validpref "$WORK/text/valid" --testpref "$WORK/text/test" --workers 2
 fi
 
-train() { # NAME MOE_MODE
+train() { # NAME MOE_MODE FLAGS…
     OUT_DIR=$WORK/$1 MOE_MODE=$2 bash "$ROOT/user_dir/run.sh" \
         --share-all-embeddings --lr 5e-3 --warmup-updates 400 --dropout 0.1 --clip-norm 1.0 \
         --stop-time-hours "$(awk "BEGIN { print $MINUTES / 60 }")" \
         --validate-interval-updates 100 --validate-interval 1000 --save-interval 1000 \
         --eval-bleu-args '{"beam": 1, "max_len_a": 1.2, "max_len_b": 10}' --max-tokens-valid 8192 \
-        --log-format json --log-interval 20 --log-file "$WORK/$1.log" --num-workers 0 "${MORE[@]}"
+        --log-format json --log-interval 20 --log-file "$WORK/$1.log" --num-workers 0 "${@:3}"
 }
 
 translate() { # NAME
@@ -45,9 +46,10 @@ translate() { # NAME
     bash "$ROOT/scripts/sacrebleu.sh" --ref "$TEXT/test2016.en" de en "$WORK/$1.out" | tee "$WORK/$1.bleu"
 }
 
-read -r -a MORE <<<"${MORE:-}"
-train dense ""
-train moe enc,dec
+read -r -a both <<<"${MORE:-}"
+read -r -a experts <<<"${MOE_FLAGS---no-drop-tokens}"
+train dense "" "${both[@]}"
+train moe enc,dec "${experts[@]}" "${both[@]}"
 translate dense
 translate moe
 "$PYTHON" "$HERE/table.py" --dense "$WORK/dense.log" --moe "$WORK/moe.log" --experts 8 \

@@ -115,6 +115,8 @@ python "${USER_DIR?}/generate.py" \
 """
 )
 
+GENERATE_ON_TWO = GENERATE.replace("> gen.out", "--distributed-world-size 2 --cpu > two.out")
+
 
 class Shell:
     """Runs the recipe's commands in a folder of its own, away from the repository."""
@@ -203,6 +205,11 @@ def test_the_recipes_commands_run_as_written(shell):
     for flag in ("--save-dir", "--tensorboard-logdir", "--max-tokens-valid"):
         assert f"{flag} has no effect" in translated.stderr
 
+    # Each process has half of the experts, and translates half of the sentences.
+    together = shell.run(GENERATE_ON_TWO, NUM_GPUS=2)
+    assert together.returncode == 0, together.stderr
+    assert (shell.folder / "two.out").read_text(encoding="utf-8").splitlines() == output
+
     reference = shell.folder / "text" / "test.en"
     script = REPOSITORY / "scripts" / "sacrebleu.sh"
     scored = shell.run(f"bash {script} --ref {reference} de en gen.out")
@@ -224,5 +231,5 @@ def test_run_sh(shell, mode, tmp_path):
         UPDATE_FREQ=1,
     )
     assert trained.returncode == 0, trained.stderr
-    assert ("experts.3" in trained.stdout) == bool(mode)
+    assert ("(experts): Experts(" in trained.stdout) == bool(mode)
     assert "pieces of words" not in trained.stdout, "run.sh puts the pieces together"

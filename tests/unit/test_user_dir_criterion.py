@@ -132,7 +132,7 @@ def test_what_the_base_shows_is_what_it_shows_alone(task, model, sentence_avg):
         assert shown[name] == theirs[name]
     added = 10 * float(sums["loss_one"]) + float(sums["loss_two"])
     assert shown["loss"] == pytest.approx(theirs["loss"] + added / size / math.log(2))
-    assert shown["loss_one"] == pytest.approx(float(model.scores.sum() * 2))
+    assert shown["loss_one"] == pytest.approx(float(model.scores.detach().sum() * 2))
 
 
 def test_in_evaluation_the_loss_is_the_bases(task, model):
@@ -199,3 +199,37 @@ def test_a_name_the_architecture_does_not_offer_is_refused_before_any_process():
 def test_weights_may_be_empty_or_null(text):
     config = train_config(*MOE, "--loss-weights", text).criterion.config
     assert config.loss_weights == ({"experts_gate_loss": None} if "null" in text else {})
+
+
+def transformer(task, **more):
+    """A small Transformer of the other family, or a dense one."""
+    from fairseq_lite.models.transformer import TransformerConfig, TransformerModel
+
+    sizes = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers",)}
+    sizes |= {"encoder_embed_dim": 8, "encoder_ffn_embed_dim": 8, "encoder_attention_heads": 2}
+    cfg = TransformerConfig(**sizes, decoder_attention_heads=2, dropout=0.0, **more)
+    whole = SimpleNamespace(
+        source_dictionary=task.target_dictionary,
+        target_dictionary=task.target_dictionary,
+        max_positions=lambda: (9, 9),
+    )
+    return TransformerModel.build(cfg, whole)
+
+
+def test_any_model_with_experts_offers_their_gate_loss(task):
+    experts = {"moe_expert_count": 4, "moe_second_expert_policy": "all"}
+    model = transformer(task, moe_freq=2, **experts)
+    sample = {**SAMPLE, "net_input": {**SAMPLE["net_input"], "src_lengths": None}}
+    loss, _, sums = make(task, weights={"experts_gate_loss": 10})(model, sample)
+    base = make(task, weights={"experts_gate_loss": None})(model, sample)[0]
+    added = 10 * float(sums["loss_experts_gate_loss"])
+    assert added > 10
+    assert float((loss - base).detach()) == pytest.approx(added, rel=1e-3)
+    make(task, weights={"experts_gate_loss": 10}).check(model)
+
+
+def test_a_dense_model_offers_none(task):
+    model = transformer(task)
+    make(task).check(model)
+    with pytest.raises(ConfigError, match="experts_gate_loss: TransformerModel has no such loss"):
+        make(task, weights={"experts_gate_loss": 10}).check(model)
