@@ -26,7 +26,7 @@ from fairseq_lite.generation.continuation import ContinuationGenerator
 from fairseq_lite.generation.evaluate import Generator, PieceWatch, Texts, Translated, add_to
 from fairseq_lite.generation.generator import SequenceGenerator
 from fairseq_lite.generation.output import lines
-from fairseq_lite.generation.session import DEFAULT_MAX_TOKENS, Session, place
+from fairseq_lite.generation.session import DEFAULT_MAX_TOKENS, Session, place, unchanging
 from fairseq_lite.models.api import Model
 from fairseq_lite.parallel.experts import has_experts
 from fairseq_lite.parallel.free import free_running
@@ -180,7 +180,7 @@ class Work:
             disable=not (world.is_main and progress_wanted(self.run.common)),
         )
         with progress:
-            with free_running(models, world):
+            with unchanging(models), free_running(models, world):
                 for number in range(world.rank, len(batches), world.size):
                     self._seed_dropout(number)
                     sample = self.dataset.collate(batches[number])

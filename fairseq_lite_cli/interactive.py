@@ -22,7 +22,7 @@ from fairseq_lite.errors import ConfigError, DataError
 from fairseq_lite.generation.evaluate import Translated
 from fairseq_lite.generation.lines import generate_for_lines
 from fairseq_lite.generation.output import output_lines
-from fairseq_lite.generation.session import Session, place
+from fairseq_lite.generation.session import Session, place, unchanging
 from fairseq_lite.tasks.api import Task, build_task, resolve_max_positions
 from fairseq_lite.training.checkpoint.inference import load_for, with_segmentation
 from fairseq_lite.training.evaluation import as_trained
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = place(loaded.models, run.common, run.generation)
     known: dict[int, str] = {}
     first = 0
-    generator, _ = make_generator(run, task, loaded.models, registries)
+    generator, models = make_generator(run, task, loaded.models, registries)
     session = Session(
         generator,
         loaded.models,
@@ -66,13 +66,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.info("Sentence buffer size: %d", size)
     logger.info("NOTE: hypothesis and token scores are output in base 2")
     logger.info("Type the input sentence and press return:")
-    for lines in buffers(read(run.interactive.input), size):
-        encoded = [encode(line) for line in lines]
-        known.clear()
-        known.update(enumerate(encoded, start=first))
-        for one, seconds in translate(run, task, session, encoded, first, limits):
-            show(one, seconds)
-        first += len(lines)
+    with unchanging(models):
+        for lines in buffers(read(run.interactive.input), size):
+            encoded = [encode(line) for line in lines]
+            known.clear()
+            known.update(enumerate(encoded, start=first))
+            for one, seconds in translate(run, task, session, encoded, first, limits):
+                show(one, seconds)
+            first += len(lines)
     logger.info(
         "Total time: %.3f seconds; translation time: %.3f",
         time.perf_counter() - start,

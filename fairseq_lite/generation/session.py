@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairseq_lite.config.core import CommonConfig, GenerationConfig
 from fairseq_lite.errors import ConfigError
@@ -24,6 +25,7 @@ from fairseq_lite.generation.evaluate import (
     render,
 )
 from fairseq_lite.models.api import Model
+from fairseq_lite.moe.experts import casts_kept
 from fairseq_lite.parallel.stream import worked
 from fairseq_lite.parallel.world import SingleWorld, World
 
@@ -66,6 +68,15 @@ def place(
         if cfg.retain_dropout:
             model.retain_dropout(cfg.retain_dropout_modules)
     return device
+
+
+@contextmanager
+def unchanging(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, no weight of `models` changes: what they make of their weights is made once."""
+    with ExitStack() as stack:
+        for model in dict.fromkeys(models):
+            stack.enter_context(casts_kept(model))
+        yield
 
 
 class Session:

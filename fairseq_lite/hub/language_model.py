@@ -20,7 +20,7 @@ from fairseq_lite.generation.continuation import ContinuationGenerator
 from fairseq_lite.generation.evaluate import Output, Texts, Translated
 from fairseq_lite.generation.likelihood import TargetScorer
 from fairseq_lite.generation.lines import generate_in_order
-from fairseq_lite.generation.session import DEFAULT_MAX_TOKENS, Session, place
+from fairseq_lite.generation.session import DEFAULT_MAX_TOKENS, Session, place, unchanging
 from fairseq_lite.hub.options import generation_config
 from fairseq_lite.tasks.api import to_device
 from fairseq_lite.tasks.language_modeling import LanguageModelingTask
@@ -179,16 +179,17 @@ class LanguageModel:
             pad=pad,
         )
         found: list[tuple[list[int], list[float]]] = [([], [])] * len(sequences)
-        for batch in dataset.batches(max_tokens=DEFAULT_MAX_TOKENS):
-            sample = dataset.collate(batch)
-            target = self._targets(sample["target"])
-            for row, i in enumerate(sample["id"].tolist()):
-                target[row, : 0 if skips is None else skips[i]] = pad
-            inputs = to_device(sample["net_input"], self.device)
-            scores = self._scorer.score(inputs, target.to(self.device)).cpu()
-            for row, i in enumerate(sample["id"].tolist()):
-                real = target[row].ne(pad)
-                found[i] = (sample["target"][row][real].tolist(), scores[row][real].tolist())
+        with unchanging(self._ensemble.models):
+            for batch in dataset.batches(max_tokens=DEFAULT_MAX_TOKENS):
+                sample = dataset.collate(batch)
+                target = self._targets(sample["target"])
+                for row, i in enumerate(sample["id"].tolist()):
+                    target[row, : 0 if skips is None else skips[i]] = pad
+                inputs = to_device(sample["net_input"], self.device)
+                scores = self._scorer.score(inputs, target.to(self.device)).cpu()
+                for row, i in enumerate(sample["id"].tolist()):
+                    real = target[row].ne(pad)
+                    found[i] = (sample["target"][row][real].tolist(), scores[row][real].tolist())
         return found
 
     def _targets(self, target: Tensor) -> Tensor:
@@ -286,7 +287,8 @@ class LanguageModel:
         texts = Texts(self.dictionary, self.dictionary, decode=self._decode)
         session = Session(generator, self._ensemble.models, texts, cfg, device=self.device)
         dataset = PromptDataset(prompts, start=first, end=pad, pad=pad)
-        found = generate_in_order(session, dataset, max_tokens=DEFAULT_MAX_TOKENS)
+        with unchanging(self._ensemble.models):
+            found = generate_in_order(session, dataset, max_tokens=DEFAULT_MAX_TOKENS)
         return [record for record, _ in found]
 
     def _start(self, symbol: str | None) -> int:

@@ -12,7 +12,7 @@ from fairseq_lite.data.text.api import build_codecs
 from fairseq_lite.errors import ConfigError
 from fairseq_lite.generation.evaluate import Texts, Translated
 from fairseq_lite.generation.lines import generate_for_lines
-from fairseq_lite.generation.session import DEFAULT_MAX_TOKENS, Session, place
+from fairseq_lite.generation.session import DEFAULT_MAX_TOKENS, Session, place, unchanging
 from fairseq_lite.hub.options import generation_config
 from fairseq_lite.tasks.api import resolve_max_positions
 from fairseq_lite.training.checkpoint.inference import Ensemble
@@ -81,7 +81,7 @@ class Translator:
             cfg,
             device=self.device,
         )
-        with torch.inference_mode():
+        with torch.inference_mode(), unchanging(self._ensemble.models):
             found = generate_for_lines(
                 session,
                 self._ensemble.task,

@@ -26,7 +26,7 @@ from fairseq_lite.data.text.api import build_bpe, build_codecs
 from fairseq_lite.errors import ConfigError, DataError
 from fairseq_lite.generation.likelihood import TargetScorer
 from fairseq_lite.generation.perplexity import Perplexity, Scored, TextSize, scored_examples
-from fairseq_lite.generation.session import place
+from fairseq_lite.generation.session import place, unchanging
 from fairseq_lite.generation.words import (
     Joining,
     WordStats,
@@ -249,7 +249,7 @@ class Scoring:
         bar = tqdm(total=total, unit="batch", disable=not (self.world.is_main and _bar(self.run)))
         scored: Ordered[list[Scored]] = Ordered(self.world, total)
         with bar:
-            with free_running(self.scorer.models, self.world):
+            with unchanging(self.scorer.models), free_running(self.scorer.models, self.world):
                 for sample in mine:
                     scored.put(self._score(to_device(sample, self.world.device)))
                     for batch in scored.ready():

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fairseq_lite.criteria.api import Criterion
+from fairseq_lite.moe.experts import casts_kept
 from fairseq_lite.optim.precision import Precision
 from fairseq_lite.parallel.api import Backend
 from fairseq_lite.parallel.free import free_running
@@ -138,7 +139,8 @@ class Validator:
         self.model.eval()
         self.criterion.eval()
         self.task.begin_validation(split, self.model)  # type: ignore[arg-type]
-        yield
+        with casts_kept(self.model):
+            yield
 
     def _alone(self) -> AbstractContextManager[None]:
         """Inside, ranks take different numbers of steps, if the task has them do so."""
