@@ -155,7 +155,9 @@ def test_training_goes_on_in_the_middle_of_an_interval(corpus: Path, tmp_path: P
 def test_two_processes_log_what_one_does(toy_data: Path, tmp_path: Path) -> None:
     updates = ["--max-update", 8]
     one = train(toy_data, tmp_path / "one", *PAIR, *updates, "--update-freq", 2)
-    two = train(toy_data, tmp_path / "two", *PAIR, *updates, "--distributed-world-size", 2)
+    # In the backward pass both run the layers, and their exchange, again.
+    processes = ["--distributed-world-size", 2, "--checkpoint-activations"]
+    two = train(toy_data, tmp_path / "two", *PAIR, *updates, *processes)
     for tag in ("train_inner", "train", "valid", "moe"):
         ours, theirs = lines(two, tag), lines(one, tag)
         assert ours

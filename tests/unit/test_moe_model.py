@@ -166,6 +166,23 @@ def test_a_stored_dense_model_may_have_any_flags() -> None:
     assert cfg.experts_to_spread() is None
 
 
+def test_gshards_own_command_line_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+    """What its sweep of language models types of experts."""
+    argv = [
+        *("--task", "language_modeling", "--moe-freq", "2", "--moe-expert-count", "8"),
+        *("--criterion", "moe_cross_entropy", "--moe-gate-loss-wt", "0.01"),
+        *("--moe-gate-loss-combine-method", "sum", "--moe-second-expert-policy", "all"),
+        *("--moe-normalize-expert-grad", "sqrt_world_size", "--moe-gating-use-fp32"),
+        *("--moe-eval-capacity-token-fraction", "-1.0", "--use-moe-pad-mask"),
+        *("--pad-to-fixed-length", "--moe-batch-prioritized-routing"),
+    ]
+    with caplog.at_level(logging.WARNING):
+        cfg = model_flags(*argv, arch="transformer_lm_gpt2_tiny")
+    assert caplog.records == []
+    assert cfg.decoder_stack().moe.router.eval_capacity_fraction == -1.0
+    assert cfg.experts_to_spread() == (8, None)
+
+
 # -- the dense model to compare with ------------------------------------------------------------
 
 
@@ -233,9 +250,17 @@ def stepwise_and_whole(**fields: Any) -> tuple[Tensor, Tensor]:
         return torch.cat(steps, dim=1), model(tokens)[0]
 
 
-@pytest.mark.parametrize("top1", [False, True])
-def test_step_by_step_is_the_whole_at_once(top1: bool) -> None:
-    steps, whole = stepwise_and_whole(moe_top1_expert=top1)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"moe_top1_expert": True},
+        {"scale_fc": True, "scale_resids": True, "activation_fn": "gelu"},
+        {"moe_expert_ffn_dim": 24, "decoder_normalize_before": True},
+    ],
+)
+def test_step_by_step_is_the_whole_at_once(fields: dict[str, Any]) -> None:
+    steps, whole = stepwise_and_whole(**fields)
     torch.testing.assert_close(steps, whole, rtol=1e-4, atol=1e-4)
 
 
