@@ -36,11 +36,11 @@ def trained(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_names_and_retention_are_of_all_parts(trained: Path) -> None:
-    names = ("1_8", "1_12", "2_16", "best", "last")
+    names = ("2_8", "2_12", "3_16", "best", "last")
     expected = {f"checkpoint_{name}-{part}.pt" for name in names for part in PARTS}
     assert {path.name for path in trained.glob("*.pt*")} == expected
     for part in PARTS:
-        last, best = (trained / f"checkpoint_{name}-{part}.pt" for name in ("last", "2_16"))
+        last, best = (trained / f"checkpoint_{name}-{part}.pt" for name in ("last", "3_16"))
         assert last.read_bytes() == best.read_bytes()
     shared, *experts = (
         store.load(path) for path in parts.part_files(trained / "checkpoint_last.pt").values()
@@ -55,7 +55,7 @@ def test_resumed_on_as_many_ranks_nothing_differs(
     trained: Path, toy_data: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "again"
-    start = ("--restore-file", trained / "checkpoint_1_8.pt")
+    start = ("--restore-file", trained / "checkpoint_2_8.pt")
     train(toy_data, folder, *MIXTURE, *TWO, *start, "--max-update", 16)
     for part in PARTS:
         one, other = (store.load(path / f"checkpoint_last-{part}.pt") for path in (trained, folder))
@@ -73,7 +73,7 @@ def test_one_process_goes_on_and_writes_parts(
     folder = tmp_path / "alone"
     start = ("--restore-file", trained / "checkpoint_last-expert1.pt")
     train(toy_data, folder, *MIXTURE, *start, "--max-update", 16)  # restores, has nothing to do
-    assert "(epoch 2 @ 16 updates)" in folder.with_suffix(".log").read_text()
+    assert "(epoch 3 @ 16 updates)" in folder.with_suffix(".log").read_text()
     train(toy_data, folder, *MIXTURE, *start, "--max-update", 17)
     files = parts.part_files(folder / "checkpoint_last.pt")
     assert list(files) == PARTS
@@ -135,7 +135,7 @@ def test_one_file_of_parts(
     folder = tmp_path / "on"
     start = ("--restore-file", output, "--max-update", 16)
     train(toy_data, folder, *MIXTURE, *TWO, *start)
-    assert "(epoch 2 @ 16 updates)" in folder.with_suffix(".log").read_text()
+    assert "(epoch 3 @ 16 updates)" in folder.with_suffix(".log").read_text()
 
 
 def test_consolidating_refuses_what_is_missing_or_damaged(
@@ -186,7 +186,7 @@ def test_average_of_mixtures_is_one_file(
     found = store.load(output)["model"][name]
     weights = [
         parts.whole_state(trained / f"checkpoint_{updates}.pt")["model"][name]
-        for updates in ("1_12", "2_16")
+        for updates in ("2_12", "3_16")
     ]
     assert torch.allclose(found, (weights[0] + weights[1]) / 2)
     assert len(hypotheses(toy_data, output, capsys)) == 20

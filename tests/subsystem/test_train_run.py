@@ -218,7 +218,7 @@ def test_validate_gives_the_numbers_of_training(
         (("--skip-remainder-batch", "--update-freq", 999), "leaves out every update"),
         (("--max-tokens", 2), "the split 'train' has no batch"),
         (("--patience", 2, "--disable-validation"), "--patience needs validation"),
-        (("--checkpoint-suffix", "-shard0"), "leave it out, shards are found without it"),
+        (("--checkpoint-suffix", "-shard0"), "leave it out, parts are found without it"),
         (("--valid-subset", "dev"), "no split 'dev'"),
         (("--max-source-positions", 4), "are too long"),
         (("--lr-scheduler", "polynomial_decay"), "--total-num-update"),
