@@ -19,19 +19,23 @@ from tests.helpers.user_dir import TINY, USER_DIR, needs_deepspeed
 
 pytestmark = [pytest.mark.timeout(240), needs_deepspeed]
 
-# (processes, ep-world-size, top-k, layer, capacity flags). Batches differ in size, so with a
-# capacity the processes of a group have different ones.
+# (processes, ep-world-size, top-k, layer, capacity flags, backend). Batches differ in size, so with
+# a capacity the processes of a group have different ones.
 DROPLESS, TIGHT = ("--no-drop-tokens",), ("--capacity-factor", "0.7")
 CASES = [
-    (2, 1, 1, "deepspeed", DROPLESS),
-    (2, 1, 2, "native", DROPLESS),
-    (2, 2, 1, "deepspeed", DROPLESS),
-    (2, 2, 1, "native", DROPLESS),
-    (2, 2, 2, "deepspeed", DROPLESS),
-    (2, 2, 2, "deepspeed", TIGHT),
-    (2, 2, 2, "native", TIGHT),
-    (4, 2, 1, "deepspeed", DROPLESS),
-    (4, 4, 2, "deepspeed", TIGHT),
+    (2, 1, 1, "deepspeed", DROPLESS, "legacy_ddp"),
+    (2, 1, 2, "native", DROPLESS, "legacy_ddp"),
+    (2, 2, 1, "deepspeed", DROPLESS, "legacy_ddp"),
+    (2, 2, 1, "native", DROPLESS, "legacy_ddp"),
+    (2, 2, 2, "deepspeed", DROPLESS, "legacy_ddp"),
+    (2, 2, 2, "deepspeed", TIGHT, "legacy_ddp"),
+    (2, 2, 2, "native", TIGHT, "legacy_ddp"),
+    (2, 2, 1, "deepspeed", DROPLESS, "fully_sharded"),
+    (2, 1, 2, "deepspeed", TIGHT, "fully_sharded"),
+    (2, 2, 2, "deepspeed", DROPLESS, "zero1"),
+    (2, 1, 1, "deepspeed", DROPLESS, "zero2"),
+    (4, 2, 1, "deepspeed", DROPLESS, "legacy_ddp"),
+    (4, 4, 2, "deepspeed", TIGHT, "legacy_ddp"),
 ]
 
 
@@ -50,10 +54,11 @@ def flags(top_k: int, layer: str, capacity: tuple[str, ...], ep: int = 1) -> lis
 def _train_all(world: World, data: str, cases: list[Any], bugs: list[Any] | None = None) -> Any:
     """Each case in turn, or the one case with each bug in turn."""
     found = []
-    for (_, ep, top_k, layer, capacity), bug in (
+    for (_, ep, top_k, layer, capacity, backend), bug in (
         [(case, None) for case in cases] if bugs is None else [(cases[0], bug) for bug in bugs]
     ):
-        made = [*flags(top_k, layer, capacity, ep), "--distributed-world-size", str(world.size)]
+        made = [*flags(top_k, layer, capacity, ep), *(moe.BACKENDS | moe.ZERO)[backend]]
+        made += ["--distributed-world-size", str(world.size)]
         found.append(moe.train(world, Path(data), made, plant=bug))
     return found
 
@@ -81,7 +86,7 @@ def test_one_process_with_deepspeeds_layer(toy_data):
 
 
 def test_a_bug_put_in_is_noticed(toy_data):
-    case = (2, 2, 2, "deepspeed", DROPLESS)
+    case = (2, 2, 2, "deepspeed", DROPLESS, "legacy_ddp")
     bugs = [moe.undivided, moe.gate_alone, moe.own_experts_in_the_norm]
     ranks = run_distributed(
         *(_train_all, 2, str(toy_data), [case], bugs), user_dir=str(USER_DIR), timeout=100
@@ -94,7 +99,10 @@ def test_a_bug_put_in_is_noticed(toy_data):
 
 
 def test_a_full_top_1_expert_takes_no_process_down(toy_data):
-    cases = [(2, 2, 1, "deepspeed", TIGHT), (2, 2, 1, "deepspeed", (*TIGHT, "--use-rts"))]
+    cases = [
+        (2, 2, 1, "deepspeed", TIGHT, "legacy_ddp"),
+        (2, 2, 1, "deepspeed", (*TIGHT, "--use-rts"), "legacy_ddp"),
+    ]
     ranks = run_distributed(
         *(_train_all, 2, str(toy_data), cases), user_dir=str(USER_DIR), timeout=100
     )
