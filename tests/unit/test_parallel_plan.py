@@ -59,6 +59,21 @@ def test_a_process_for_each_gpu_unless_told_otherwise() -> None:
     assert planned(gpus=4, world_size=2).size == 2
 
 
+def test_evaluation_is_one_process_unless_told_otherwise() -> None:
+    def asked(gpus: int = 0, environ: dict[str, str] | None = None, **flags: Any) -> Plan:
+        cfg = DistributedTrainingConfig(**{f"distributed_{k}": v for k, v in flags.items()})
+        return plan(cfg, cpu=False, machine=Machine(gpus, environ or {}), if_asked=True)
+
+    batch_script = {k: v for k, v in SLURM.items() if k != "SLURM_STEP_ID"}
+    assert asked(gpus=4).size == 1
+    assert asked(gpus=4, environ=batch_script).size == 1
+    assert asked(gpus=4, world_size=2).size == 2
+    assert asked(gpus=4, num_procs=3).size == 3
+    assert asked(gpus=4, environ=TORCHRUN).size == 8
+    assert asked(gpus=4, environ=SLURM).size == 4
+    assert asked(init_method="tcp://node1:29500", world_size=8, rank=4).size == 8
+
+
 def test_several_processes_on_a_cpu() -> None:
     found = planned(world_size=3)
     assert (found.size, found.processes, found.local_size) == (3, 3, 3)
