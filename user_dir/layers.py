@@ -65,31 +65,26 @@ class NativeMixture(MoELayer):
 
 
 class DeepSpeedMixture(NativeMixture):
-    """DeepSpeed's MOELayer and TopKGate over our gate's weights and our experts.
+    """DeepSpeed's MOELayer and TopKGate over our gate's weights and our experts, in training.
 
-    DeepSpeed sends equal numbers of slots between all ranks of a group at the same moment. Where
-    ranks run layers at their own pace (generation with experts on several ranks), or the experts
-    are spread unevenly, the native layer computes the same.
-
-    Raises:
-        MissingDependency: DeepSpeed is not installed.
+    In evaluation the native layer computes. DeepSpeed's needs all processes of a group in the same
+    layer at the same moment, which they are not while they translate, each at its own pace; and so
+    a result does not depend on their number, and DeepSpeed need not be there.
     """
 
     def __init__(self, dim: int, options: DeepSpeedOptions, make: Make, name: str) -> None:
         super().__init__(dim, options, make, name)
-        require_deepspeed()
         # DeepSpeed's parts come with the first batch: a model may be built without memory. They are
         # no submodules (a tuple hides them), since all their parameters are those of the gate.
         self._parts: tuple[Any, _CommonSlots] | None = None
 
     def mix(self, rows: Tensor) -> tuple[Tensor, RouterReport]:
-        exchange = self.experts.exchange
-        if exchange.rounds is not None or len(set(exchange.layout.counts())) > 1:
+        if not self.training:
             return super().mix(rows)
         if self._parts is None:
             self._parts = self._build(rows.device)
         layer, gate = self._parts
-        gate.follow(self.gate, rows.size(0))
+        gate.follow(self.gate.options, rows.size(0))
         out = layer(rows, None)
         report = self._report(rows, layer.l_aux, gate.chosen, layer.exp_counts)
         out, balance, z = together(out, report.balance, report.z)
@@ -179,24 +174,22 @@ class _CommonSlots:
         self.group = group
         self.chosen = torch.empty(0)
 
-    def follow(self, ours: Gate, tokens: int) -> None:
+    def follow(self, cfg: GateOptions, tokens: int) -> None:
         """Set the rules for the next batch.
 
         Args:
-            ours: what says them, and whether this is training.
+            cfg: the rules.
             tokens: S.
         """
-        cfg, gate = ours.options, self.gate
-        gate.train(ours.training)
-        factor = cfg.capacity_factor if ours.training else cfg.eval_capacity_factor
+        gate = self.gate
         gate.k = cfg.top_k
-        gate.drop_tokens = factor is not None
-        gate.capacity_factor = gate.eval_capacity_factor = factor or 1.0
+        gate.drop_tokens = cfg.capacity_factor is not None
+        gate.capacity_factor = cfg.capacity_factor or 1.0
         # No expert gets more than S, and DeepSpeed insists that there be so many.
         gate.min_capacity = min(cfg.min_capacity, tokens) if gate.drop_tokens else 0
         gate.noisy_gate_policy = "RSample" if cfg.rsample else "Jitter" if cfg.jitter else None
-        gate.use_rts = cfg.random_tokens and ours.training
-        gate.top2_2nd_expert_sampling = cfg.second_policy == "sampling" and ours.training
+        gate.use_rts = cfg.random_tokens
+        gate.top2_2nd_expert_sampling = cfg.second_policy == "sampling"
 
     def __call__(self, rows: Tensor, *more: Any) -> tuple[Any, ...]:
         """As TopKGate's, in float32 under autocast too."""
@@ -208,14 +201,11 @@ class _CommonSlots:
         return l_aux, slots, experts, chosen, places, weights, counts
 
 
-_INSTEAD = (
-    "or use this project's layer, which has the same parameters and results: --moe-layer native, or"
-    """ for a trained model --model-overrides '{"moe_layer": "native"}'"""
-)
+_INSTEAD = "or add --moe-layer native, which has the same parameters and results"
 
 
 def require_deepspeed() -> None:
-    """Say what to install where DeepSpeed is not; importing it can wait for the first batch.
+    """Say what to install where DeepSpeed is not, without importing it.
 
     Raises:
         MissingDependency: it is not installed.

@@ -183,6 +183,13 @@ def test_without_deepspeed_the_user_is_told_what_to_type(monkeypatch):
     check(train_config("--arch", "transformer_ds_moe_tiny", *MOE))
 
 
+def test_translating_does_not_need_deepspeed(monkeypatch):
+    layers = part("layers")
+    monkeypatch.setattr(layers.comm, "load", lambda device: pytest.fail("imports deepspeed"))
+    model = build("--deepspeed_moe", "enc,dec", "--num-experts", "4").eval()
+    model(torch.tensor([[4, 5, 2]]), torch.tensor([3]), torch.tensor([[2, 4, 5]]))
+
+
 def test_the_dense_model_offers_a_gate_loss_of_zero():
     model = build("--deepspeed_moe", "", "--num-experts", "8")
     out = model(torch.tensor([[4, 5, 2]]), torch.tensor([3]), torch.tensor([[2, 4, 5]]))
