@@ -3,7 +3,8 @@
 The `forward` of each layer is replaced, not the layer: names in checkpoints, classes, and the hooks
 by which a sharding backend gathers weights stay as they are. Layers of one shape share a graph; it
 is made anew once when the shape of the batches changes, and serves any shape from then on.
-Validation and generation run the layers as they are written.
+Validation and generation run the layers as they are written, and so do mixtures of experts, where
+every batch has stretches of other lengths: only what is around them is compiled.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import nn
 from fairseq_lite.config.core import RunConfig
 from fairseq_lite.errors import ConfigError, TrainingError
 from fairseq_lite.models.api import Model
+from fairseq_lite.moe.experts import Experts
 from fairseq_lite.parallel.api import Machine
 from fairseq_lite.parallel.experts import has_experts
 from fairseq_lite.parallel.fully_sharded.choice import FullyShardedConfig
@@ -82,6 +84,9 @@ def compile_layers(model: Model, backend: str = "inductor") -> None:
             " (layers_to_compile): leave --compile out"
         )
     for layer in layers:
+        for part in layer.modules():
+            if any(isinstance(child, Experts) for child in part.children()):
+                part.forward = torch.compiler.disable(part.forward)
         layer.forward = _in_training(layer, layer.forward, backend)
     logger.info(
         "compiling %d layers with torch.compile: the first updates take minutes", len(layers)

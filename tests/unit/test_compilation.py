@@ -76,6 +76,17 @@ def test_a_language_model_compiled_is_the_same() -> None:
     assert list(plain.state_dict()) == names
 
 
+def test_what_is_around_experts_is_compiled() -> None:
+    model = make(moe_freq=2, moe_expert_count=4, decoder_layers=4, moe_second_expert_policy="all")
+    names = list(model.state_dict())
+    expected = [gradients(model, tokens(2, n)) for n in (8, 6, 5)]
+    compile_layers(model, backend="aot_eager")
+    for n, grads in zip((8, 6, 5), expected, strict=True):
+        assert_alike(gradients(model, tokens(2, n)), grads)
+    assert graphs() > 0
+    assert list(model.state_dict()) == names
+
+
 def test_an_encoder_decoder_compiled_is_the_same() -> None:
     sample = make_sample([6, 4])["net_input"]
     model = make_model(dropout=0.0)
