@@ -153,7 +153,7 @@ def casts_kept(model: nn.Module) -> Iterator[None]:
     found = [
         module
         for module in model.modules()
-        if isinstance(module, Experts) and not any(map(is_spread, module.parameters()))
+        if isinstance(module, Experts) and _holds_its_weights(module)
     ]
     for experts in found:
         experts._casts = {}
@@ -162,6 +162,12 @@ def casts_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for experts in found:
             experts._casts = None
+
+
+def _holds_its_weights(experts: Experts) -> bool:
+    """Whether this rank has them whole all the time: they are neither spread nor in a row."""
+    params = list(experts.parameters())
+    return bool(params) and not any(map(is_spread, params))
 
 
 def _is_two_products(expert: nn.Module) -> bool:
