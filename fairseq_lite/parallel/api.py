@@ -27,7 +27,7 @@ from fairseq_lite.registry import Registry
 BACKENDS = Registry("distributed backend", "--ddp-backend")
 
 M = TypeVar("M", bound=nn.Module)
-OptimizerT = TypeVar("OptimizerT", bound="StatefulOptimizer")
+OptimizerT = TypeVar("OptimizerT", bound="AdaptableOptimizer")
 
 MAIN_PART = "model"
 """The name of the part that is a complete checkpoint by itself."""
@@ -119,6 +119,10 @@ class StatefulOptimizer(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: Any) -> None: ...
+
+
+class AdaptableOptimizer(StatefulOptimizer, Protocol):
+    """One whose ranks may update different parts of the parameters."""
 
     def update_parts(self, parts: list[Tensor], after_step: Callable[[], None]) -> None:
         """Update these tensors in place of the parameters, in the same order, from now on.

@@ -36,7 +36,7 @@ class Layout:
         send[0] = span.values.numel()
         receive = lengths if first else [0] * group.size
         values = span.values.to(self._world.device)
-        pieces = group.all_to_all(values, send, receive).cpu().split(receive)
+        pieces = torch.split(group.all_to_all(values, send, receive).cpu(), receive)
         if not first:
             return None
         whole = torch.empty(span.total, dtype=values.dtype)

@@ -20,7 +20,7 @@ from fairseq_lite.parallel.shards import held, pieces
 from fairseq_lite.parallel.shards.experts import Spread
 from fairseq_lite.parallel.shards.fitting import Fitting, fit, fitted, fitting_of, room_for
 from fairseq_lite.parallel.shards.layout import Layout, agreed, once
-from fairseq_lite.parallel.shards.sets import SHARED_PART, expert_name
+from fairseq_lite.parallel.shards.sets import SHARED_PART, expert_name, head
 from fairseq_lite.parallel.shards.spans import (
     Holding,
     NamedState,
@@ -243,7 +243,7 @@ class _Reading:
         count = pieces.num_experts(parts)
         if count not in (None, spread.num_experts):
             raise CheckpointError(
-                f"{parts.where(pieces.head(parts.names()))}: is of {count} experts, the model has "
+                f"{parts.where(head(parts.names()))}: is of {count} experts, the model has "
                 f"{spread.num_experts}: give the flags it was trained with"
             )
         return pieces.open_parts(parts, spread.owned(self.world.rank))

@@ -88,17 +88,13 @@ def members(manifest: Mapping[str, Any]) -> list[str] | None:
 
     The manifests of a single part, and of those which other programs wrote, do not.
     """
-    if "shard" in manifest:
-        count, names = manifest.get("world_size"), shard_name
-        first: list[str] = []
-    elif "num_experts" in manifest:
-        count, names = manifest["num_experts"], expert_name
-        first = [SHARED_PART]
-    else:
-        return None
+    sharded = "shard" in manifest
+    count = manifest.get("world_size" if sharded else "num_experts")
     if not isinstance(count, int) or count < 1:
         return None
-    return [*first, *map(names, range(count))]
+    if sharded:
+        return [shard_name(number) for number in range(count)]
+    return [SHARED_PART, *(expert_name(expert) for expert in range(count))]
 
 
 def described(manifest: Mapping[str, Any]) -> str:
