@@ -60,6 +60,8 @@ FEATURES: dict[str, tuple[str, ...]] = {
         *("--use-sharded-state", "--no-reshard-after-forward", "--fp32-reduce-scatter"),
         *("--min-params-to-wrap", "0"),
     ),
+    # Of deepspeed_moe.
+    "zero": ("--zero-stage", "2", "--bf16", "--store-ema", "--clip-norm", "0.5"),
     "fairscale": (
         *("--fsdp-engine", "fairscale", "--cpu-offload", "--bf16", "--fp32-reduce-scatter"),
         *("--checkpoint-activations", "--eval-bleu", "--store-ema"),

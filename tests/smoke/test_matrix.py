@@ -32,6 +32,7 @@ def test_what_cannot_run_says_why():
     }
     # Without the package another line, with the same way out.
     assert reasons.pop(("fully_sharded", "fairscale")).endswith("use --fsdp-engine torch")
+    assert "--zero-stage belongs to --ddp-backend" in reasons.pop(("fully_sharded", "zero"))
     assert {key: reason for key, reason in reasons.items() if key[0] == "fully_sharded"} == {
         ("fully_sharded", "adafactor"): (
             "--optimizer adafactor looks at whole parameters, and --ddp-backend fully_sharded "
@@ -42,6 +43,7 @@ def test_what_cannot_run_says_why():
         "fairscale",
         "offload",
         "shards",
+        "zero",
     }
     assert (
         "--cpu-offload belongs to --ddp-backend fully_sharded" in reasons["legacy_ddp", "offload"]
@@ -50,8 +52,11 @@ def test_what_cannot_run_says_why():
 
 @pytest.mark.parametrize("backend", backends())
 def test_every_value_of_every_axis_is_run(backend):
+    if backend == "deepspeed_moe":
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     run = [row for row, reason in TABLE if reason is None and row.backend == backend]
     others = set() if backend == "fully_sharded" else {"offload", "shards"}
+    others |= set() if backend == "deepspeed_moe" else {"zero"}
     for size in WORLD_SIZES:
         of_size = [row for row in run if row.world_size == size]
         assert {row.precision for row in of_size} >= set(PRECISIONS) - {"amp"}

@@ -180,7 +180,9 @@ def test_the_import_is_quiet_and_changes_nothing() -> None:
         "after = dict(os.environ), torch.get_default_dtype(), torch.get_num_threads();"
         "assert before == after, set(after[0]) ^ set(before[0]);"
         "log = logging.getLogger('DeepSpeed');"
-        "assert log.propagate and not log.handlers and not log.disabled"
+        "assert log.propagate and not log.handlers and not log.disabled;"
+        "from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam;"
+        "assert 'torch._dynamo' not in sys.modules"  # two seconds of every start
     )
     environ = {k: v for k, v in os.environ.items() if k != "PYTORCH_NVML_BASED_CUDA_CHECK"}
     done = subprocess.run(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import logging
 import os
 import sys
@@ -43,6 +44,7 @@ def load(device: torch.device | str) -> Any:
         with _quietly():
             package = importlib.import_module("deepspeed")
             _use(torch.device(device).type)
+            _import_muon()
     except ImportError as e:
         raise MissingDependency(f"DeepSpeed cannot be imported ({e}): {INSTALL}") from e
     return package
@@ -144,13 +146,29 @@ def _use(kind: str) -> None:
     accelerators.set_accelerator(getattr(module, f"{kind.upper()}_Accelerator")())
 
 
+def _import_muon() -> None:
+    """Import DeepSpeed's optimizer Muon without torch's compiler, which takes two seconds.
+
+    ZeRO asks at every update whether it is in use. It is not, but its module compiles functions.
+    """
+    name = "deepspeed.runtime.zero.muon.muon_optimizer"
+    if name in sys.modules or importlib.util.find_spec(name) is None:
+        return
+    compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
+    compile_, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
+    try:
+        importlib.import_module(name)
+    finally:
+        compiler.compile = compile_
+
+
 @contextlib.contextmanager
 def _without_extension() -> Iterator[None]:
     """Start DeepSpeed's communication without the extension that it compiles for CPUs.
 
     That one serves inference over shared memory. There is no option for it.
     """
-    module = importlib.import_module("deepspeed.comm.torch")
+    module: Any = importlib.import_module("deepspeed.comm.torch")
     build, module.build_shm_op = module.build_shm_op, lambda: None
     try:
         yield

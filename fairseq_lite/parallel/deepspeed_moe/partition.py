@@ -71,7 +71,7 @@ class Partition:
         fragments: by the first name of a parameter, in the model's order.
 
     Raises:
-        ConfigError: parameters that are not float32.
+        ConfigError: parameters that are not float32, or none at all.
     """
 
     def __init__(
@@ -87,6 +87,8 @@ class Partition:
             for name, param in model.named_parameters()
             if param.requires_grad and param.numel()
         }
+        if not self._names:
+            raise ConfigError("the model has no parameter that needs a gradient: nothing to train")
         for param, name in self._names.items():
             if param.dtype != torch.float32:
                 raise ConfigError(
