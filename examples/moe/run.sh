@@ -40,8 +40,11 @@ train() { # NAME MOE_MODE FLAGS…
 }
 
 translate() { # NAME
+    # Of the model with experts this names all parts: checkpoint_best-shared.pt, checkpoint_best-expert0.pt, …
+    local checkpoint
+    checkpoint=$(echo "$WORK/$1"/checkpoints/*)/checkpoint_best.pt
     "$PYTHON" "$ROOT/user_dir/generate.py" "$DATABIN" --task translation_deepspeed -s de -t en \
-        --path "$(echo "$WORK/$1"/checkpoints/*/checkpoint_best.pt)" --max-tokens 8192 --cpu \
+        --path "$checkpoint" --max-tokens 8192 --cpu \
         --beam 4 --lenpen 0.6 --remove-bpe sentencepiece >"$WORK/$1.out"
     bash "$ROOT/scripts/sacrebleu.sh" --ref "$TEXT/test2016.en" de en "$WORK/$1.out" | tee "$WORK/$1.bleu"
 }
