@@ -45,7 +45,7 @@ translate() { # NAME
     checkpoint=$(echo "$WORK/$1"/checkpoints/*)/checkpoint_best.pt
     "$PYTHON" "$ROOT/user_dir/generate.py" "$DATABIN" --task translation_deepspeed -s de -t en \
         --path "$checkpoint" --max-tokens 8192 --cpu \
-        --beam 4 --lenpen 0.6 --remove-bpe sentencepiece >"$WORK/$1.out"
+        --beam 4 --lenpen 0.6 --max-len-a 1.2 --max-len-b 10 --remove-bpe sentencepiece >"$WORK/$1.out"
     bash "$ROOT/scripts/sacrebleu.sh" --ref "$TEXT/test2016.en" de en "$WORK/$1.out" | tee "$WORK/$1.bleu"
 }
 
