@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from tests.helpers.moe_checkpoints import Move, Training, bits, move, write_as_g
 from tests.helpers.sharded import digests
 from tests.subsystem.test_checkpoint_scripts import script
 
-# Four worlds of processes are formed before the first test.
+# Three worlds of processes are formed before the first test.
 pytestmark = pytest.mark.timeout(600)
 
 # Experts are as many as ranks or more, fewer (then several ranks have the same), or do not come out
@@ -74,17 +74,36 @@ CHAIN: list[tuple[int, list[Move]]] = [
         ],
     ),
 ]
+FAIRSCALE = [
+    Move("two-4", "fair-4", 4, "fairscale"),
+    Move("two-4-shards", "fair-4-shards", 4, "fairscale-shards"),
+    Move("two-2", "fair-2", 2, "fairscale"),
+    Move("fair-4-shards", "legacy-4", 4),
+]
 RESUMED = ("legacy_ddp", "torch", "torch-shards")
 REFUSED = ("shared", "expert", "cut", "flipped", "mixed", "experts", "optimizer")
 
 
-def visit(
-    world: World, data: Path, folder: Path, moves: list[Move], last: bool
-) -> tuple[dict[str, str], dict[str, bool]]:
+@dataclass
+class Seen:
+    """What a rank saw.
+
+    Attributes:
+        told: what it was told of what it refuses, by kind.
+        alike: whether a run went on to the last bit alike, by backend.
+        own: the weights of a model of its experts, loaded by themselves.
+    """
+
+    told: dict[str, str] = field(default_factory=dict)
+    alike: dict[str, bool] = field(default_factory=dict)
+    own: dict[str, Tensor] = field(default_factory=dict)
+
+
+def visit(world: World, data: Path, folder: Path, moves: list[Move], last: bool) -> Seen:
     """What a world does while it exists; in the last one, what is refused and what goes on."""
     move(world, data, folder, moves)
     if not last:
-        return {}, {}
+        return Seen()
     told = refused(world, data, folder)
     alike = {backend: goes_on(world, data, folder, backend) for backend in RESUMED}
     with_local_numbers(world, data, folder)
@@ -92,7 +111,10 @@ def visit(
         training = Training(world, data, 4 if number < 2 else 2, seed=77)
         training.load_weights(folder / f"gshard{ranks}.pt")
         training.save(folder / f"of-gshard{ranks}.pt")
-    return told, alike
+    own = load_spread(world, folder, data)
+    if find_spec("fairscale") is not None:
+        move(world, data, folder, FAIRSCALE)
+    return Seen(told, alike, own)
 
 
 def refused(world: World, data: Path, folder: Path) -> dict[str, str]:
@@ -158,13 +180,11 @@ class Moved:
 
     Attributes:
         folder: where they are.
-        told: what each of two ranks was told of what they refuse, by kind.
-        alike: whether runs went on to the last bit alike, on each of two ranks.
+        seen: what each of two ranks saw at the end.
     """
 
     folder: Path
-    told: list[dict[str, str]]
-    alike: list[dict[str, bool]]
+    seen: list[Seen]
 
 
 GSHARD = (2, 1, 4)
@@ -189,7 +209,7 @@ def moved(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Moved:
         found = run_distributed(
             visit, size, toy_data, folder, moves, last, timeout=400, heartbeat=100
         )
-    return Moved(folder, [told for told, _ in found], [alike for _, alike in found])
+    return Moved(folder, found)
 
 
 @pytest.fixture
@@ -249,7 +269,7 @@ def test_shards_have_the_experts_of_their_rank(folder: Path) -> None:
 
 @pytest.mark.parametrize("backend", RESUMED)
 def test_a_run_goes_on_to_the_last_bit_alike(moved: Moved, backend: str) -> None:
-    assert [each[backend] for each in moved.alike] == [True, True]
+    assert [each.alike[backend] for each in moved.seen] == [True, True]
     one, other = (digests(moved.folder / f"on-{backend}-{n}.pt") for n in ("one", "other"))
     assert one == other != digests(moved.folder / f"on-{backend}.pt")
 
@@ -269,27 +289,11 @@ def test_one_file_has_one_process_order(folder: Path, toy_data: Path) -> None:
 # -- fairscale ----------------------------------------------------------------------------------
 
 
-def with_fairscale(world: World, data: Path, folder: Path) -> None:
-    move(
-        world,
-        data,
-        folder,
-        [
-            Move("two-4", "fair-4", 4, "fairscale"),
-            Move("two-4-shards", "fair-4-shards", 4, "fairscale-shards"),
-            Move("two-2", "fair-2", 2, "fairscale"),
-            Move("fair-4-shards", "legacy-4", 4),
-        ],
-    )
-
-
-def test_fairscale_takes_part(moved: Moved, toy_data: Path) -> None:
-    if find_spec("fairscale") is None:
-        pytest.skip("fairscale is not installed")
-    run_distributed(with_fairscale, 2, toy_data, moved.folder, timeout=300, heartbeat=100)
-    for name in ("fair-4", "fair-4-shards", "legacy-4"):
-        assert digests(moved.folder / f"{name}.pt") == digests(moved.folder / "two-4.pt"), name
-    assert digests(moved.folder / "fair-2.pt") == digests(moved.folder / "two-2.pt")
+@pytest.mark.skipif(find_spec("fairscale") is None, reason="fairscale is not installed")
+def test_fairscale_takes_part(folder: Path) -> None:
+    expected = {experts: digests(folder / f"two-{experts}.pt") for experts in (4, 2)}
+    for each in FAIRSCALE:
+        assert digests(folder / f"{each.target}.pt") == expected[each.experts], each.target
 
 
 # -- gshard's files -----------------------------------------------------------------------------
@@ -427,7 +431,7 @@ def test_what_is_wrong_is_named_in_one_line(kind: str, folder: Path, tmp_path: P
 
 
 def test_an_error_on_one_rank_is_an_error_on_all(moved: Moved) -> None:
-    one, other = moved.told
+    one, other = (each.told for each in moved.seen)
     assert one == other and tuple(one) == REFUSED
     for kind, text in one.items():
         place = moved.folder / "damaged" / kind
@@ -466,9 +470,9 @@ def load_spread(world: World, folder: Path, data: Path) -> dict[str, Tensor]:
     return own
 
 
-def test_a_model_that_is_spread_gets_its_experts(moved: Moved, toy_data: Path) -> None:
+def test_a_model_that_is_spread_gets_its_experts(moved: Moved) -> None:
     whole = parts.whole_state(moved.folder / "two-4.pt", optimizer=False)["model"]
-    ranks = run_distributed(load_spread, 2, moved.folder, toy_data, timeout=120, heartbeat=60)
+    ranks = [each.own for each in moved.seen]
     assert set(ranks[0]) | set(ranks[1]) == set(whole)
     for own in ranks:
         assert len(own) < len(whole)
