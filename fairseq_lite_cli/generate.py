@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -174,6 +175,7 @@ class Work:
         """
         batches, skipped = plan(self.run, self.dataset, limits)
         results: Ordered[list[Translated]] = Ordered(world, len(batches))
+        tqdm.set_lock(threading.RLock())  # its own is one between processes: a failing rank's stays
         progress = tqdm(
             total=len(batches),
             unit="batch",

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -246,6 +247,7 @@ class Scoring:
             DataError: there is nothing to score.
         """
         total, mine = self._shares(dataset, limit)
+        tqdm.set_lock(threading.RLock())  # its own is one between processes: a failing rank's stays
         bar = tqdm(total=total, unit="batch", disable=not (self.world.is_main and _bar(self.run)))
         scored: Ordered[list[Scored]] = Ordered(self.world, total)
         with bar:

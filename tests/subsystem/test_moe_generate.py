@@ -111,7 +111,7 @@ def held(world: World, words: list[str]) -> list[int]:
 
 def test_a_rank_holds_its_own_experts(cases: dict[str, Case]) -> None:
     _, words = cases["beam, 3"]
-    assert run_distributed(held, 2, words) == [[0], [1, 2]]
+    assert run_distributed(held, 2, words, timeout=200) == [[0], [1, 2]]
 
 
 def serving_nobody(world: World, cases: dict[str, Case]) -> dict[str, str]:
@@ -129,8 +129,9 @@ def test_a_rank_that_does_not_serve_is_noticed(cases: dict[str, Case]) -> None:
 
 def test_dropout_of_experts_elsewhere_is_refused(cases: dict[str, Case]) -> None:
     command, words = cases["prefix"]
+    case = {"dropout": (command, [*words, "--retain-dropout"])}
     with pytest.raises(ConfigError, match="--retain-dropout with experts on several processes"):
-        run_distributed(outputs, 2, {"dropout": (command, [*words, "--retain-dropout"])})
+        run_distributed(outputs, 2, case, timeout=200)
 
 
 # -- results do not depend on batches --------------------------------------------------------------
