@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_lite.parallel.shards.experts import Spread
 from fairseq_lite.parallel.world import World
 from fairseq_lite.tasks.api import Sample
-from fairseq_lite.training.checkpoint import convert, parts, store
-from fairseq_lite.training.trainer import Trainer
+from fairseq_lite.training.checkpoint import parts, store
 from tests.helpers import fairscale_shim
 from tests.helpers.moe import Case
 from tests.helpers.parity import make_trainer
@@ -80,18 +78,10 @@ class Training:
         trainer.backend.load_parts(trainer.model, trainer.optimizer, files, average.weights)
         trainer.state.num_updates = 2
 
-
     def load_weights(self, path: Path) -> None:
         """Read `path` but for the optimizer's state and the average."""
         trainer = self.trainer
         trainer.backend.load_parts(trainer.model, None, parts.CheckpointFiles(path))
-
-
-def spread_of(trainer: Trainer) -> Spread:
-    """How a trainer's experts lie."""
-    spread = trainer.backend.spread(trainer.model)
-    assert spread is not None
-    return spread
 
 
 @dataclass(frozen=True)
@@ -147,16 +137,16 @@ def write_as_gshard(
         for rank in range(int(number) // each, ranks, experts):
             mine = int(number) % each if local else int(number)
             files[f"rank-{rank}"][f"{container}.experts.{mine}.{rest}"] = tensor
-    history = [
-        {"num_updates": 2, "criterion_name": "MoECriterion", "optimizer_name": "FairseqAdam"}
-    ]
+    header: dict[str, Any] = {
+        "cfg": {"model": {"_name": "transformer_tiny", "moe_expert_count": experts}},
+        "optimizer_history": [{"num_updates": 2}],
+        **{key: value for key, value in state.items() if key != parts.OWN_KEY},
+        "last_optimizer_state": {"state": {0: {"step": 2}}, "param_groups": []},
+        "extra_state": {"train_iterator": {"epoch": 1}},
+    }
+    header["cfg"]["model"]["moe_eval_capacity_token_fraction"] = 0.25
     for name, model in files.items():
-        cfg = {"model": {"_name": "transformer_tiny", "moe_expert_count": experts}}
-        state_of: dict[str, Any] = {"cfg": cfg, "model": dict(model)}
-        state_of["optimizer_history"] = history
-        state_of["last_optimizer_state"] = {"state": {0: {"step": 2}}, "param_groups": []}
-        state_of["extra_state"] = {"train_iterator": {"epoch": 1}}
-        torch.save(convert.upgraded_state(state_of, target), parts.part_path(target, name))
+        torch.save({**header, "model": dict(model)}, parts.part_path(target, name))
 
 
 def bits(model: Any) -> Mapping[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from fairseq_lite.training.checkpoint import parts, store
 from fairseq_lite_cli.entry import run_command
 from tests.helpers.commands import flite
+from tests.helpers.moe_checkpoints import write_as_gshard
 from tests.helpers.sharded import digests
 from tests.helpers.training import arguments, assert_same, train
 from tests.subsystem.test_checkpoint_scripts import script
@@ -80,6 +81,26 @@ def test_one_process_goes_on_and_writes_parts(
     state = parts.whole_state(folder / "checkpoint_last.pt")
     steps = {entry["step"] for entry in state["last_optimizer_state"]["state"].values()}
     assert steps == {17}
+
+
+def test_gshards_files_are_read_by_every_command(
+    trained: Path, toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = tmp_path / "theirs.pt"
+    write_as_gshard(trained / "checkpoint_last.pt", theirs, 4, 2)
+    for name in ("dict.src.txt", "dict.tgt.txt"):
+        shutil.copy(trained / name, tmp_path)
+    expected = hypotheses(toy_data, trained / "checkpoint_last.pt", capsys)
+    assert hypotheses(toy_data, theirs, capsys) == expected
+    # A run goes on with the weights; the optimizer's state goes by positions.
+    folder = tmp_path / "on"
+    train(toy_data, folder, *MIXTURE, "--restore-file", theirs, "--max-update", 1)
+    log = folder.with_suffix(".log").read_text()
+    assert "theirs.pt holds no optimizer state: the optimizer starts anew" in log
+    (tmp_path / "theirs-rank-1.pt").unlink()
+    assert flite("generate", toy_data, "--path", theirs, "--cpu") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{tmp_path / 'theirs-rank-1.pt'}: is missing" in error
 
 
 @pytest.mark.parametrize("lost", ["shared", "expert0", "expert3"])
