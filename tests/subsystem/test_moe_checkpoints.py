@@ -516,6 +516,19 @@ def test_lists_of_names_are_kept_once_for_all_experts() -> None:
     assert [spread.written_by(rank) for rank in (0, 1)] == [range(2), range(2, 4)]
 
 
+def test_parts_have_an_order(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint_last.pt"
+    names = ("expert10", "rank-2", "shared", "expert2", "shard0", "rank-10")
+    for name in names:
+        parts.part_path(path, name).write_bytes(b"")
+        assert parts.whole_name(parts.part_path(path, name)) == path
+    for other in ("expert", "shared0", "rank-1-shard1"):
+        parts.part_path(path, other).write_bytes(b"")
+    assert list(parts.part_files(path)) == [
+        *("shared", "expert2", "expert10", "rank-2", "rank-10", "shard0")
+    ]
+
+
 class Plain(nn.Module):
     """A model without experts."""
 
