@@ -223,7 +223,8 @@ class Rounds:
             assert rows is not None and counts is not None
             table[:, :_FIELDS] = torch.tensor(wish.fields())
             sizes = self._hosts[wish.layer].exchange.layout.counts()
-            for place, part in zip(self._places[wish.layer], counts.split(sizes), strict=True):
+            parts = torch.split(counts, sizes)
+            for place, part in zip(self._places[wish.layer], parts, strict=True):
                 table[place, _FIELDS : _FIELDS + len(part)] = part
                 send[place] = int(part.sum())
             sent = _bytes(rows)
@@ -239,7 +240,7 @@ class Rounds:
         here = self._group.all_to_all(sent, [n * row_bytes for n in send], receive)
         made = [
             self._compute(each, line[_FIELDS:], part)
-            for each, line, part in zip(wishes, told, here.split(receive), strict=True)
+            for each, line, part in zip(wishes, told, torch.split(here, receive), strict=True)
         ]
         return self._group.all_to_all(
             torch.cat(made), [part.numel() for part in made], [n * result_bytes for n in send]
