@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from typing import Literal
 
@@ -154,7 +155,7 @@ class MoEConfig:
             raise ConfigError(f"--moe-expert-count {self.moe_expert_count}: expected 2 or more")
         if self.moe_expert_ffn_dim is not None and self.moe_expert_ffn_dim < 1:
             raise ConfigError(f"--moe-expert-ffn-dim {self.moe_expert_ffn_dim}: expected 1 or more")
-        if self.moe_capacity_factor is not None and self.moe_capacity_factor < 0:
+        if self.moe_capacity_factor is not None and not 0 <= self.moe_capacity_factor < math.inf:
             raise ConfigError(
                 f"--moe-capacity-factor {self.moe_capacity_factor}: expected more than 0, or 0 for "
                 "experts that take as many tokens as come"
@@ -163,6 +164,12 @@ class MoEConfig:
             raise ConfigError(
                 "--moe-eval-capacity-token-fraction 0: experts would take no token; leave it out to"
                 " drop none, or give a share from 0 to 1, or -1 for the rule of training"
+            )
+        fraction = self.moe_eval_capacity_token_fraction
+        if fraction is not None and not math.isfinite(fraction):
+            raise ConfigError(
+                f"--moe-eval-capacity-token-fraction {fraction}: expected a share from 0 to 1, or -1"
+                " for the rule of training; leave it out to drop no token"
             )
         if not 0 <= self.moe_jitter < 1:
             raise ConfigError(f"--moe-jitter {self.moe_jitter}: expected 0 to below 1")

@@ -123,6 +123,10 @@ def test_every_nth_layer_has_experts(fields: dict[str, int], expected: list[str]
         (["--moe-expert-ffn-dim", "0"], "--moe-expert-ffn-dim 0: expected 1 or more"),
         (["--moe-capacity-factor", "-1"], "--moe-capacity-factor -1.0: expected more than 0"),
         (["--moe-eval-capacity-token-fraction", "0"], "-fraction 0: experts would take no token"),
+        (["--moe-capacity-factor", "inf"], "--moe-capacity-factor inf: expected more than 0"),
+        (["--moe-capacity-factor", "nan"], "--moe-capacity-factor nan: expected more than 0"),
+        (["--moe-eval-capacity-token-fraction", "nan"], "-fraction nan: expected a share"),
+        (["--moe-eval-capacity-token-fraction", "inf"], "-fraction inf: expected a share"),
         (["--moe-jitter", "1"], "--moe-jitter 1.0: expected 0 to below 1"),
         (["--moe-second-expert-policy", "some"], "--moe-second-expert-policy"),
         (
