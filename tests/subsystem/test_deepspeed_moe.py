@@ -35,7 +35,7 @@ from tests.helpers.training import assert_same
 
 # Not `importorskip`: ranks import this file, too, and DeepSpeed is to come in quietly.
 pytestmark = [
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed"),
 ]
 
@@ -165,7 +165,7 @@ def ran(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
         if ranks not in done:
             rows = rows_of(ranks)
             found = run_distributed(
-                train_all, max(1, ranks), toy_data, lm_data, rows, timeout=240.0
+                train_all, max(1, ranks), toy_data, lm_data, rows, timeout=400.0
             )
             done[ranks] = {row: list(each) for row, *each in zip(rows, *found, strict=True)}
         return done[ranks]
@@ -301,7 +301,7 @@ def test_ranks_may_use_different_parameters(ranks: int) -> None:
     ((one_norms, one, _),) = run_distributed(train_branches, 1, SETTINGS[:1])[0]
     start = Branches().state_dict()
     settings = SETTINGS if ranks == 2 else [SETTINGS[0], SETTINGS[1], SETTINGS[7]]
-    ran = run_distributed(train_branches, ranks, settings, timeout=150.0)
+    ran = run_distributed(train_branches, ranks, settings, timeout=300.0)
     for found in zip(settings, *ran, strict=True):
         for norms, weights, states in found[1:]:
             assert norms == pytest.approx(one_norms, rel=1e-5), found[0]
@@ -432,7 +432,7 @@ def resumed(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
     }
     found: Found = {}
     for ranks, (kinds, files) in plan.items():
-        ran = run_distributed(checkpoints, ranks, toy_data, folder, kinds, files, timeout=200.0)
+        ran = run_distributed(checkpoints, ranks, toy_data, folder, kinds, files, timeout=400.0)
         for key in ran[0]:
             file, how = key
             found[file, f"{how} on {ranks}"] = [rank[key] for rank in ran]
