@@ -13,9 +13,12 @@ from fairseq_lite.moe.exchange import Exchange
 from fairseq_lite.moe.products import (
     Counts,
     compute_dtype,
+    evened,
     linear_by_expert,
     linear_grouped,
     takes_grouped_products,
+    uneven,
+    wants_even_counts,
 )
 from fairseq_lite.parallel.experts import ExpertShard, drawn_for, mark, site
 from fairseq_lite.parallel.free import ExpertHost
@@ -90,20 +93,25 @@ class Experts(ExpertHost):
         if all(map(_is_two_products, experts)):
             return self._together(experts, rows.to(compute_dtype(rows)), counts)
         # An expert without a row computes none, too: its gradient is then zero on every rank.
-        parts = rows.split(_numbers(counts))
+        parts = torch.split(rows, _numbers(counts))
         return torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True)])
 
     def _together(self, experts: list[Any], rows: Tensor, counts: Counts) -> Tensor:
         first = experts[0].fc1
         if takes_grouped_products(rows, first.in_features, first.out_features):
-            counts = torch.as_tensor(counts, device=rows.device)
-        else:
-            counts = _numbers(counts)
+            return self._two_products(experts, rows, torch.as_tensor(counts, device=rows.device))
+        numbers = _numbers(counts)
+        if not wants_even_counts(rows):
+            return self._two_products(experts, rows, numbers)
+        rows, sizes = evened(rows, numbers)
+        return uneven(self._two_products(experts, rows, sizes), numbers, sizes)
+
+    def _two_products(self, experts: list[Any], rows: Tensor, counts: Tensor | list[int]) -> Tensor:
         inner = self._linear("fc1", [e.fc1 for e in experts], rows, counts)
         if _is_bare(experts[0]):
             inner = experts[0].between(inner)
         else:
-            parts = inner.split(_numbers(counts))
+            parts = torch.split(inner, _numbers(counts))
             inner = torch.cat([e.between(part) for e, part in zip(experts, parts, strict=True)])
         return self._linear("fc2", [e.fc2 for e in experts], inner, counts)
 

@@ -31,7 +31,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def takes_grouped_products(rows: Tensor, *widths: int) -> bool:
-    """Whether `grouped_linear` is one product for all experts, which wants stacked weights.
+    """Whether `linear_grouped` can do it, one product for all experts.
 
     Args:
         rows: what will be multiplied.
@@ -39,6 +39,7 @@ def takes_grouped_products(rows: Tensor, *widths: int) -> bool:
     """
     return (
         rows.is_cuda
+        and rows.size(0) > 0
         and rows.dtype == torch.bfloat16
         and hasattr(F, "grouped_mm")
         and torch.cuda.get_device_capability(rows.device) >= (8, 0)
@@ -90,6 +91,78 @@ def linear_grouped(
     return out
 
 
+def wants_even_counts(rows: Tensor) -> bool:
+    """Whether products are faster where each expert's rows are a multiple of `EVEN`.
+
+    In 16 bits on a CPU the library makes a program for each shape that it meets, which takes as
+    long as a product of a hundred rows, and no two batches would have the same shapes.
+    """
+    return rows.device.type == "cpu" and rows.dtype.itemsize == 2
+
+
+EVEN = 16
+
+
+def evened(rows: Tensor, counts: list[int]) -> tuple[Tensor, list[int]]:
+    """Rows with zeros after those of each expert, up to a multiple of `EVEN`.
+
+    Returns:
+        The rows, and how many each expert has now.
+    """
+    sizes = [-(-n // EVEN) * EVEN for n in counts]
+    out: Tensor = _Evened.apply(rows, counts, sizes)  # type: ignore[no-untyped-call]
+    return out, sizes
+
+
+def uneven(rows: Tensor, counts: list[int], sizes: list[int]) -> Tensor:
+    """The rows without those that `evened` put in.
+
+    Args:
+        rows: (sum of sizes, D).
+        counts: rows of each expert, as at first.
+        sizes: as `evened` returned them.
+    """
+    out: Tensor = _Uneven.apply(rows, counts, sizes)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Evened(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: list[int], sizes: list[int]) -> Tensor:
+        ctx.lengths = counts, sizes
+        return _with_gaps(rows, counts, sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _without_gaps(grads[0], *ctx.lengths), None, None
+
+
+class _Uneven(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: list[int], sizes: list[int]) -> Tensor:
+        ctx.lengths = counts, sizes
+        return _without_gaps(rows, counts, sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _with_gaps(grads[0], *ctx.lengths), None, None
+
+
+def _with_gaps(rows: Tensor, counts: list[int], sizes: list[int]) -> Tensor:
+    gap = rows.new_zeros(EVEN, rows.size(1))
+    parts = []
+    for part, size in zip(torch.split(rows, counts), sizes, strict=True):
+        parts += [part, gap[: size - part.size(0)]]
+    return torch.cat(parts)
+
+
+def _without_gaps(rows: Tensor, counts: list[int], sizes: list[int]) -> Tensor:
+    parts = zip(torch.split(rows, sizes), counts, strict=True)
+    return torch.cat([part[:n] for part, n in parts])
+
+
 class _ByExpert(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -105,7 +178,7 @@ class _ByExpert(torch.autograd.Function):
         ctx.save_for_backward(rows, *weights)
         out = rows.new_empty(rows.size(0), weights[0].size(0))
         for part, into, weight, bias in zip_longest(
-            rows.split(counts), out.split(counts), weights, biases
+            torch.split(rows, counts), torch.split(out, counts), weights, biases
         ):
             _product(part, weight.t(), into, bias)
         return out
@@ -117,14 +190,16 @@ class _ByExpert(torch.autograd.Function):
         grad, counts = grads[0].contiguous(), ctx.counts
         needed = ctx.needs_input_grad
         result: list[Tensor | None] = [None] * len(needed)
-        parts = grad.split(counts)
+        parts = torch.split(grad, counts)
         if needed[0]:
             grad_rows = torch.empty_like(rows)
-            for part, into, weight in zip(parts, grad_rows.split(counts), weights, strict=True):
+            for part, into, weight in zip(
+                parts, torch.split(grad_rows, counts), weights, strict=True
+            ):
                 _product(part, weight, into)
             result[0] = grad_rows
         scratch: Tensor | None = None
-        for i, (part, taken) in enumerate(zip(parts, rows.split(counts), strict=True)):
+        for i, (part, taken) in enumerate(zip(parts, torch.split(rows, counts), strict=True)):
             if needed[4 + i]:
                 wide = torch.empty_like(weights[i], dtype=ctx.types[i])
                 into = wide

@@ -19,7 +19,7 @@ from fairseq_lite.moe import experts as experts_module
 from fairseq_lite.moe.experts import Experts, casts_kept
 from fairseq_lite.moe.layer import MoELayer
 from fairseq_lite.moe.options import MoEOptions, RouterOptions
-from fairseq_lite.moe.products import linear_by_expert, linear_grouped
+from fairseq_lite.moe.products import evened, linear_by_expert, linear_grouped, uneven
 from fairseq_lite.moe.rows import Places, combine, dispatch, permute
 
 DIM, INNER = 8, 12
@@ -245,6 +245,18 @@ def test_gradients_of_a_permutation() -> None:
     order = torch.tensor([2, 0, 3, 1])
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: permute(x, order, order.argsort()), (x,))
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 16, 17], [0, 0], [32]])
+def test_gradients_of_gaps(counts: list[int]) -> None:
+    x = torch.randn(sum(counts), 2, dtype=torch.float64, requires_grad=True)
+    wide, sizes = evened(x, counts)
+    assert [size - n for size, n in zip(sizes, counts, strict=True)] == [-n % 16 for n in counts]
+    assert torch.equal(uneven(wide, counts, sizes), x)
+    assert wide.count_nonzero() == x.count_nonzero()
+    assert torch.autograd.gradcheck(lambda x: evened(x, counts)[0], (x,))
+    inside = wide.detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda wide: uneven(wide, counts, sizes), (inside,))
 
 
 def linear_case(counts: list[int], bias: bool, dtype: torch.dtype = torch.float64) -> list[Tensor]:
