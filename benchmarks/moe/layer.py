@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, nargs="+", choices=(1, 2), default=[1, 2])
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=None)
     parser.add_argument("--factor", type=float, default=1.0, help="capacity, times top-k S / E")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=1, help="rounds that do not count")
     parser.add_argument("--repeat", type=int, default=1, help="passes in a turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

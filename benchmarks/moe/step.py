@@ -55,7 +55,7 @@ class Setting:
     threads: int = 1
     sentences: int = 128
     length: int = 32
-    validations: int = 3
+    validations: int = 2
     experts: int = 8
     capacity: float = 0.0
     vocabulary: int = 10_000
@@ -215,7 +215,7 @@ def main() -> None:
         "--capacity", type=float, default=default.capacity, help="times top-k S / E; 0: dropless"
     )
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=None)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     args = parser.parse_args()
