@@ -7,16 +7,20 @@ from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from fairseq_lite.parallel.world import SingleWorld, World
+from fairseq_lite.training.trainer import Trainer
 from tests.helpers import fairscale_shim
 from tests.helpers.distributed import run_distributed
 from tests.helpers.moe import Case, Trained, assert_alike, train
 
 pytestmark = [
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(find_spec("fairscale") is None, reason="fairscale is not installed"),
 ]
 
@@ -44,10 +48,39 @@ CASES = {
 BF16 = ("--bf16", "--fp32-reduce-scatter")
 
 
+def undivided(trainer: Trainer) -> None:
+    """Experts' gradients are the mean over their owners, and not divided further."""
+    right = trainer.backend.reduce_gradients
+
+    def wrong(model: Any) -> None:
+        right(model)
+        for flat in model.flats:
+            if flat.expert is not None:
+                flat.param.grad.mul_(flat.expert.layout.group_size)
+
+    trainer.backend.reduce_gradients = wrong  # type: ignore[method-assign]
+
+
+def left_out_of_the_norm(trainer: Trainer) -> None:
+    """The norm is that of the shared gradients."""
+
+    def wrong(model: Any) -> Tensor:
+        rows = [flat.param.grad for flat in model.flats if flat.expert is None]
+        square = torch.stack([row.square().sum() for row in rows]).sum()
+        return trainer.world.all_reduce(square).sqrt()
+
+    trainer.backend.grad_norm = wrong  # type: ignore[method-assign]
+
+
+FAULTS = {fault.__name__: fault for fault in (undivided, left_out_of_the_norm)}
+
+
 def run_cases(world: World, data: Path, cases: Sequence[Case]) -> dict[str, Trained]:
     fairscale_shim.install()
     found = {str(case): train(world, data, case.flags) for case in cases}
     found["bf16"] = train(world, data, [*BASE.flags, *BF16])
+    for name, fault in FAULTS.items() if world.size > 1 else ():
+        found[name] = train(world, data, BASE.flags, plant=fault)
     return found
 
 
@@ -55,8 +88,8 @@ def run_cases(world: World, data: Path, cases: Sequence[Case]) -> dict[str, Trai
 def on_ranks(ranks: int, data: Path) -> list[dict[str, Trained]]:
     """By rank, then by case. One rank runs beside another: the stand-in needs its own process."""
     if ranks == 1:
-        return [run_distributed(alone_in_two, 2, data, timeout=280)[0]]
-    return run_distributed(run_cases, ranks, data, CASES[ranks], timeout=280)
+        return [run_distributed(alone_in_two, 2, data, timeout=560)[0]]
+    return run_distributed(run_cases, ranks, data, CASES[ranks], timeout=560)
 
 
 def alone_in_two(world: World, data: Path) -> dict[str, Trained]:
@@ -74,6 +107,14 @@ def alone(case: Case, data: Path) -> Trained:
 def test_ranks_train_as_one_process(ranks: int, case: Case, toy_data: Path) -> None:
     outcomes = [rank[str(case)] for rank in on_ranks(ranks, toy_data)]
     assert_alike(alone(case.reference, toy_data), outcomes)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_bug_is_noticed(fault: str, ranks: int, toy_data: Path) -> None:
+    outcomes = [rank[fault] for rank in on_ranks(ranks, toy_data)]
+    with pytest.raises(AssertionError):
+        assert_alike(alone(BASE.reference, toy_data), outcomes)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
