@@ -135,7 +135,7 @@ def _third_pass(
 ) -> core.RunConfig:
     parser, inert = _build_parser(command, chosen, registries)
     namespace, unknown = parser.parse_known_args(argv)
-    _refuse_unknown(unknown, chosen, registries)
+    _refuse_unknown(command, unknown, chosen, registries)
     typed = vars(namespace)
     _settle_inert(command, typed, inert)
 
@@ -301,7 +301,10 @@ def _other_owners(
 
 
 def _refuse_unknown(
-    unknown: list[str], chosen: list[_Chosen], registries: Mapping[str, Registry]
+    command: Command,
+    unknown: list[str],
+    chosen: list[_Chosen],
+    registries: Mapping[str, Registry],
 ) -> None:
     if not unknown:
         return
@@ -315,10 +318,23 @@ def _refuse_unknown(
         raise ConfigError(f"{name} belongs to {' or '.join(owners[:3])}; {choice}")
     if not name.startswith("-"):
         raise ConfigError(f"unexpected argument {name!r}; flags start with --")
+    elsewhere = _commands_with(name, registries)
+    if elsewhere:
+        raise ConfigError(f"{name} is no flag of {command.name}, but of {', '.join(elsewhere)}")
     known = set(FAIRSEQ_FLAGS)
     for each in chosen:
         known |= {f for fld in dataclasses.fields(each.entry.config) for f in flag_names(fld)}
     raise ConfigError(f"unknown flag {name}" + near(name, known))
+
+
+def _commands_with(name: str, registries: Mapping[str, Registry]) -> list[str]:
+    """The commands that have this flag, of those all of whose entries are known here."""
+    return [
+        command.name
+        for command in COMMANDS.values()
+        if all(s.section in registries for s in command.selectors)
+        and name in owned_flags(command.name, registries)
+    ]
 
 
 def owned_flags(command_name: str, registries: Mapping[str, Registry]) -> frozenset[str]:

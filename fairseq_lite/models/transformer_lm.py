@@ -35,8 +35,9 @@ class TransformerLanguageModel(DecodingModel):
         Raises:
             ConfigError: the task has a source and a target.
         """
-        longest = cfg.max_target_positions or task.max_positions()
-        if not isinstance(longest, int):
+        theirs = task.max_positions()
+        longest = cfg.max_target_positions or theirs
+        if isinstance(theirs, tuple) or not isinstance(longest, int):
             raise ConfigError(
                 "--arch transformer_lm* is a language model: use --task language_modeling, or"
                 " --arch transformer for this task"

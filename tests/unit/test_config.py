@@ -11,6 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fairseq_lite.builtins import load_builtins
 from fairseq_lite.config import core, serial
 from fairseq_lite.config.fairseq_flags import COMING, FAIRSEQ_FLAGS, NO_EFFECT, REFUSED
 from fairseq_lite.config.flags import flag, to_argv
@@ -147,6 +148,20 @@ def test_errors_say_what_to_type(words, message):
     with pytest.raises(ConfigError, match=message) as caught:
         run(*words)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flag_name", "commands"),
+    [
+        ("--is-moe", "flite-generate, .*flite-eval-lm"),
+        ("--retain-dropout", "flite-generate, flite-interactive"),
+    ],
+)
+def test_flags_of_other_commands_are_said_to_be_theirs(flag_name, commands):
+    line = f"^{flag_name} is no flag of flite-train, but of {commands}"
+    argv = ["d", "--arch", "transformer", "--optimizer", "sgd", flag_name]
+    with pytest.raises(ConfigError, match=line):
+        parse("flite-train", argv, load_builtins())
 
 
 def test_missing_selector_and_data_are_named():

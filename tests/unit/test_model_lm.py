@@ -155,8 +155,10 @@ def test_an_adaptive_architecture_is_refused_on_the_command_line() -> None:
 
 def test_a_model_for_the_wrong_task_is_refused() -> None:
     pair = SimpleNamespace(max_positions=lambda: (9, 9))
-    with pytest.raises(ConfigError, match="--task language_modeling"):
-        TransformerLanguageModel.build(TransformerLMConfig(), pair)  # type: ignore[arg-type]
+    for length in (None, 48):  # a checkpoint's configuration says how long
+        cfg = TransformerLMConfig(max_target_positions=length)
+        with pytest.raises(ConfigError, match="--task language_modeling"):
+            TransformerLanguageModel.build(cfg, pair)  # type: ignore[arg-type]
     one = SimpleNamespace(source_dictionary=Words(9), target_dictionary=Words(9))
     one.max_positions = lambda: 9
     with pytest.raises(ConfigError, match="--task translation"):
