@@ -148,10 +148,17 @@ def _parse_int(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        value = float(text)  # "1e6" is a usual way to write a number of updates
-        if value != int(value):
-            raise ValueError("expected a whole number") from None
-        return int(value)
+        pass
+    try:
+        return _whole(float(text))  # "1e6" is a usual way to write a number of updates
+    except ValueError:
+        raise ValueError("expected a whole number") from None
+
+
+def _whole(value: float) -> int:
+    if not value.is_integer():  # infinity and NaN are none either
+        raise ValueError("expected a whole number")
+    return int(value)
 
 
 def converter(tp: Any) -> Callable[[str], Any]:
@@ -210,8 +217,8 @@ def coerce(config: type, name: str, value: Any, where: str) -> Any:
             return tuple(item(v) if item in (int, float, str) else v for v in values)
         if tp is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
-        if tp is int and isinstance(value, float) and value == int(value):
-            return int(value)
+        if tp is int and isinstance(value, float):
+            return _whole(value)
         if tp is str and isinstance(value, (int, float)):
             return str(value)
         expected = dict if get_origin(tp) is dict else tp

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -152,6 +153,8 @@ def test_a_file(tmp_path: Path) -> None:
         ({"zero_optimization": {"contiguous_gradients": False}}, "can only be true"),
         ({"zero_optimization": {"reduce_bucket_size": 0}}, "expected a number of gradients"),
         ({"zero_optimization": {"reduce_bucket_size": "5e8"}}, "'5e8': expected a number"),
+        ({"zero_optimization": {"reduce_bucket_size": math.inf}}, "inf: expected a number"),
+        ({"zero_optimization": {"reduce_bucket_size": math.nan}}, "nan: expected a number"),
         ({"zero_optimization": {"round_robin_gradients": 1}}, "1: expected true or false"),
         ({"zero_optimization": {"stage3_max_live_parameters": 1}}, "would change nothing here"),
         ("[]", "expected an object"),

@@ -10,6 +10,7 @@ import pytest
 from fairseq_lite.builtins import load_builtins
 from fairseq_lite.config.commands import COMMANDS
 from fairseq_lite.config.fairseq_flags import COMING, IDLE, NO_EFFECT, REFUSED
+from fairseq_lite.config.flags import converter
 from fairseq_lite.config.parse import describe_flags, owned_flags
 from tests.helpers.shared import shared_dir
 
@@ -62,3 +63,10 @@ def test_compatibility_page_lists_what_is_coming():
     page = (Path(__file__).parents[2] / "docs" / "fairseq-compatibility.md").read_text("utf-8")
     for flag in COMING:
         assert f"`{flag}`" in page, flag
+
+
+@pytest.mark.parametrize("text", ["x", "1.5", "inf", "-inf", "nan", "1e999"])
+def test_a_whole_number_is_expected(text):
+    assert converter(int)("1e6") == 1_000_000
+    with pytest.raises(ValueError, match="^expected a whole number$"):
+        converter(int)(text)

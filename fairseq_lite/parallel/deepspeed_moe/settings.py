@@ -160,7 +160,8 @@ def _stage(where: str, value: Any) -> int:
 
 def _count(where: str, value: Any) -> int:
     # 5e8 is how these files spell numbers, and JSON makes that a float.
-    whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    whole |= isinstance(value, float) and value.is_integer()
     if not whole or value < 1:
         raise ConfigError(f"{where} {value!r}: expected a number of gradients, 1 or more")
     return int(value)
