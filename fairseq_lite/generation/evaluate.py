@@ -29,8 +29,9 @@ from fairseq_lite.scoring.api import Scorer
 
 logger = logging.getLogger(__name__)
 
-# What shows that words are still in pieces: subword-nmt's and sentencepiece's marks.
-PIECE_MARKS = ("@@", "▁")
+# What shows that words are still in pieces, subword-nmt's and sentencepiece's marks, and what to
+# type after --remove-bpe.
+PIECE_MARKS = {"@@": "", "▁": " sentencepiece"}
 
 
 class Generator(Protocol):
@@ -284,25 +285,35 @@ def hypotheses_and_references(
 
 
 class PieceWatch:
-    """Warns once when what is scored still consists of pieces of words."""
+    """Warns once when what is scored still consists of pieces of words.
 
-    def __init__(self, advice: str = "add --remove-bpe, or --bpe with its decoder") -> None:
-        self.advice = advice
+    Args:
+        flag: that puts them together.
+        also: another way, after what to type.
+    """
+
+    def __init__(
+        self, flag: str = "--remove-bpe", also: str = ", or --bpe with its decoder"
+    ) -> None:
+        self.flag = flag
+        self.also = also
         self.warned = False
 
     def look(self, reference: str, hypothesis: str) -> None:
         """Look at one pair."""
         if self.warned:
             return
-        for mark in PIECE_MARKS:
+        for mark, value in PIECE_MARKS.items():
             if mark in reference or mark in hypothesis:
                 self.warned = True
                 logger.warning(
                     "pieces of words (marked %s) remain in what is scored, such as %r: the score"
-                    " is of pieces, not of words, and cannot be compared; %s",
+                    " is of pieces, not of words, and cannot be compared; type %s%s%s",
                     mark,
                     hypothesis if mark in hypothesis else reference,
-                    self.advice,
+                    self.flag,
+                    value,
+                    self.also,
                 )
                 return
 

@@ -307,7 +307,7 @@ class BleuInValidation:
         )
         self._texts = _texts(task, detokenizer)
         self._tokenize = "none" if cfg.eval_tokenized_bleu else "13a"
-        self._watch = PieceWatch("add --eval-bleu-remove-bpe")
+        self._watch = PieceWatch("--eval-bleu-remove-bpe", also="")
         self._generator: SequenceGenerator | ReferenceScorer | None = None
         self._samples: list[tuple[str, str]] = []
 

@@ -143,6 +143,16 @@ def test_a_warning_when_pieces_are_scored(caplog, text, warns):
     assert len(caplog.records) == warns
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("▁a b", "type --eval-bleu-remove-bpe sentencepiece"), ("a@@ b", "--eval-bleu-remove-bpe")],
+)
+def test_the_warning_says_what_to_type_for_these_pieces(caplog, text, said):
+    with caplog.at_level(logging.WARNING):
+        PieceWatch("--eval-bleu-remove-bpe", also="").look(text, text)
+    assert caplog.messages[0].endswith(said)
+
+
 def test_precision_of_generation():
     model = make_model()
     assert str(place([model], CommonConfig(cpu=True, bf16=True), GenerationConfig())) == "cpu"
