@@ -49,6 +49,7 @@ class ModelAndBaseConfig:
             known = near(name, CRITERIA.names()) or f"; known: {', '.join(CRITERIA.names())}"
             raise ConfigError(f"--base-criterion {name}: unknown criterion{known}")
         self.base_config()
+        self._check_balance()
         for loss, weight in self.loss_weights.items():
             number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
             if weight is not None and not (number and math.isfinite(weight)):
@@ -69,7 +70,20 @@ class ModelAndBaseConfig:
         if "sentence_avg" in self.base_criterion_config:
             raise ConfigError(f"{where}: sentence_avg: type --sentence-avg for that")
         entry = CRITERIA.get(self.base_criterion)
-        return section_from_plain(entry.config, self.base_criterion_config, where)
+        try:
+            return section_from_plain(entry.config, self.base_criterion_config, where)
+        except ConfigError as e:
+            told = str(e)
+            raise ConfigError(told if told.startswith(where) else f"{where}: {told}") from None
+
+    def _check_balance(self) -> None:
+        balances = getattr(CRITERIA.get(self.base_criterion).factory, "balances_experts", False)
+        if balances and self.loss_weights.get(GATE_LOSS, 1) is not None:
+            raise ConfigError(
+                f"--base-criterion {self.base_criterion} has a balance loss of its own: type"
+                f" --base-criterion {self.base_criterion.removeprefix('moe_')}, or leave out this"
+                f" one: --loss-weights '{{\"{GATE_LOSS}\": null}}'"
+            )
 
     def base_names(self) -> tuple[str, ...]:
         """What --loss-weights may call the base criterion's loss."""
@@ -149,6 +163,7 @@ class ModelAndBaseCriterion(Criterion):
             offered = (GATE_LOSS,) if has_experts(model) else ()
         if offered is not None:
             self.cfg.check_names(offered, type(model).__name__)
+        self.base.check(model)
 
     def judge(
         self, model: Any, sample: Mapping[str, Any]

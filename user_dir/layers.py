@@ -114,7 +114,7 @@ class DeepSpeedMixture(NativeMixture):
         places, local, capacity, dim = slots.shape
         rows = slots.transpose(0, 1).reshape(-1, dim)
         out: Tensor = self.experts(rows, [places * capacity] * local)
-        return out.view(local, places, capacity, -1).transpose(0, 1)
+        return out.view(local, places, capacity, dim).transpose(0, 1)
 
     def _report(
         self, rows: Tensor, balance: Tensor, chosen: Tensor, counts: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -159,7 +160,7 @@ class TransformerDSMoEConfig(TransformerConfig):
             ),
             f"--min-capacity {self.min_capacity}: expected 0 or more": self.min_capacity >= 0,
             "--capacity-factor and --eval-capacity-factor: expected numbers above 0": all(
-                factor is None or factor > 0 for factor in factors
+                factor is None or 0 < factor < math.inf for factor in factors
             ),
             "--capacity-factor means nothing with --no-drop-tokens: leave one out": (
                 not self.no_drop_tokens or self.capacity_factor == 1.0
@@ -273,9 +274,10 @@ class TransformerDSMoE(TransformerModel):
         if not cfg.deepspeed_moe:
             return
         if world_size % cfg.ep_world_size:
+            fits = math.gcd(world_size, cfg.num_experts)
             raise ConfigError(
                 f"--ep-world-size {cfg.ep_world_size} does not divide the number of processes,"
-                f" {world_size}: type --ep-world-size {world_size}, or add"
+                f" {world_size}: type --ep-world-size {fits}, or add"
                 f" --distributed-world-size {cfg.ep_world_size}"
             )
         if cfg.moe_layer == "deepspeed":

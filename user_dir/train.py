@@ -37,7 +37,9 @@ def completed(argv: Sequence[str], machine: Machine) -> list[str]:
         words += ["--user-dir", str(Path(__file__).resolve().parent)]
     gpus = 0 if typed.cpu else machine.cuda_devices
     launched = {"RANK", "SLURM_PROCID"} & set(machine.environ)
-    if typed.distributed_world_size is None and not gpus and not launched:
+    # A size that is none is refused by its own name later.
+    whole = typed.ep_world_size.isdecimal() and int(typed.ep_world_size)
+    if whole and typed.distributed_world_size is None and not gpus and not launched:
         words += ["--distributed-world-size", typed.ep_world_size]
     return words
 

@@ -44,6 +44,8 @@ def bash(*words: object, **variables: object) -> subprocess.CompletedProcess[str
         (["--ep-world-size", "2"], Machine(cuda_devices=2), None),
         (["--ep-world-size", "2"], Machine(environ={"RANK": "0", "WORLD_SIZE": "2"}), None),
         ([], Machine(), "1"),
+        (["--ep-world-size", "0"], Machine(), None),
+        (["--ep-world-size", "two"], Machine(), None),
     ],
 )
 def test_train_starts_as_many_processes_as_share_the_experts(typed, machine, size):

@@ -174,6 +174,14 @@ MOE = ["--arch", "transformer_ds_moe_tiny", "--criterion", "model_and_base"]
         (["--base-criterion-config", '{"smoothing": 1}'], "unknown field 'smoothing'"),
         (["--base-criterion-config", '{"sentence_avg": true}'], "type --sentence-avg"),
         (["--base-criterion-config", "{label"], "--base-criterion-config"),
+        (
+            [
+                *["--base-criterion", "label_smoothed_cross_entropy"],
+                *["--base-criterion-config", '{"label_smoothing": 5}'],
+            ],
+            "--base-criterion-config: --label-smoothing 5.0",
+        ),
+        (["--base-criterion", "moe_cross_entropy"], "type --base-criterion cross_entropy, or"),
         (["--loss-weights", '{"base_crit": "1"}'], "expected a number, or null"),
         (["--loss-weights", '{"base_crit": NaN}'], "expected a number, or null"),
         (["--loss-weights", '{"base_crit": 1, "cross_entropy": 1}'], "are the same loss"),
@@ -184,6 +192,11 @@ def test_flags_that_cannot_work_are_refused(flags, words):
         train_config(*MOE, *flags)
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_base_may_balance_the_experts_in_place_of_the_models_loss():
+    flags = ["--base-criterion", "moe_cross_entropy"]
+    train_config(*MOE, *flags, "--loss-weights", '{"experts_gate_loss": null}')
 
 
 def test_a_name_the_architecture_does_not_offer_is_refused_before_any_process():

@@ -126,6 +126,7 @@ MOE = ["--deepspeed_moe", "enc,dec", "--num-experts", "4", *NATIVE]
         ([*MOE, "--min-capacity", "-1"], "--min-capacity -1"),
         ([*MOE, "--capacity-factor", "0"], "expected numbers above 0"),
         ([*MOE, "--eval-capacity-factor", "-1"], "expected numbers above 0"),
+        ([*MOE, "--capacity-factor", "inf"], "expected numbers above 0"),
         ([*MOE, "--no-drop-tokens", "--capacity-factor", "2"], "means nothing with --no-drop"),
         ([*MOE, "--no-drop-tokens", "--min-capacity", "2"], "means nothing with --no-drop"),
         ([*MOE, "--no-drop-tokens", "--use-rts"], "--use-rts means nothing with --no-drop"),
@@ -172,6 +173,12 @@ def test_what_works_is_taken(flags):
 def test_groups_that_do_not_fit_the_processes_are_refused_before_any_is_started(processes):
     flags = [*MOE, "--ep-world-size", "2", "--distributed-world-size", processes, "--cpu"]
     with pytest.raises(ConfigError, match=f"--ep-world-size 2 does not divide .* {processes}"):
+        check(train_config("--arch", "transformer_ds_moe_tiny", *flags))
+
+
+def test_the_size_of_a_group_that_is_advised_divides_the_experts_too():
+    flags = [*MOE, "--ep-world-size", "4", "--distributed-world-size", "6", "--cpu"]
+    with pytest.raises(ConfigError, match="processes, 6: type --ep-world-size 2, or"):
         check(train_config("--arch", "transformer_ds_moe_tiny", *flags))
 
 
