@@ -168,8 +168,8 @@ class MoEConfig:
         fraction = self.moe_eval_capacity_token_fraction
         if fraction is not None and not math.isfinite(fraction):
             raise ConfigError(
-                f"--moe-eval-capacity-token-fraction {fraction}: expected a share from 0 to 1, or -1"
-                " for the rule of training; leave it out to drop no token"
+                f"--moe-eval-capacity-token-fraction {fraction}: expected a share from 0 to 1, or"
+                " -1 for the rule of training; leave it out to drop no token"
             )
         if not 0 <= self.moe_jitter < 1:
             raise ConfigError(f"--moe-jitter {self.moe_jitter}: expected 0 to below 1")
