@@ -210,6 +210,7 @@ def on_four_more(world: World, data: Path) -> dict[str, Any]:
         found[f"without {backend}"] = without_gradient(world, backend)
     for name, (case, bug) in FAULTY.items():
         found[name] = train(world, data, case.flags, updates=1, plant=bug)
+    found["right"] = train(world, data, Case(2).flags, updates=1)
     for name, (case, flags) in BF16.items():
         found[name] = train(world, data, [*case.flags, *flags])
     for case in KINDS:
@@ -277,6 +278,10 @@ def test_a_planted_bug_is_noticed(name: str, toy_data: Path, lm_data: Path) -> N
     one = alone(FAULTY[name][0], toy_data, 1)
     with pytest.raises(AssertionError):
         assert_alike(one, of(name, on_ranks(4, toy_data, lm_data)))
+
+
+def test_that_is_because_of_the_bug(toy_data: Path, lm_data: Path) -> None:
+    assert_alike(alone(Case(2), toy_data, 1), of("right", on_ranks(4, toy_data, lm_data)))
 
 
 @pytest.mark.parametrize("case", KINDS, ids=str)
