@@ -157,7 +157,7 @@ def check_same(args: Any) -> dict[str, float]:
         want = layers["native dropless"](x)[0]
         for name, layer in layers.items():
             if name != DENSE:
-                difference = float((layer(x)[0] - want).abs().max())
+                difference = float((layer(x)[0] - want).detach().abs().max())
                 worst[name] = max(worst.get(name, 0.0), difference)
     if max(worst.values()) > 1e-5:
         raise SystemExit(f"the contestants differ: {worst}")
