@@ -191,6 +191,19 @@ def test_what_is_saved_is_restored(saved, data, caplog):
     assert [entry["num_updates"] for entry in history] == [70, 80]
 
 
+def test_one_changed_byte_in_the_weights_is_noticed(saved, data):
+    """Also though the header of the file has been read before."""
+    file = saved.folder / "checkpoint_last.pt"
+    name, weight = max(saved.model.state_dict().items(), key=lambda item: item[1].numel())
+    content = bytearray(file.read_bytes())
+    place = content.find(weight.numpy().tobytes())
+    assert place > 0, name
+    content[place] ^= 1
+    file.write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match="damaged"):
+        Training(data, saved.folder).load()
+
+
 def test_nothing_to_restore_is_logged(data, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     assert Training(data, tmp_path / "new").load() is None

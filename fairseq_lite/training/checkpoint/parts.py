@@ -193,6 +193,7 @@ class CheckpointFiles(PartReader):
     def __init__(self, path: Path, shard_count: int = 1) -> None:
         self._path = whole_name(path)
         self._loaded: dict[str, dict[str, Any]] = {}
+        self._verified: set[str] = set()
         self._files = readable_files(path)
         self._shard_count = shard_count
 
@@ -242,9 +243,13 @@ class CheckpointFiles(PartReader):
         Raises:
             CheckpointError: the part is missing or damaged.
         """
+        verify = verify and name == MAIN_PART and name not in self._verified
         if name not in self._loaded:
-            verify = verify and name == MAIN_PART
             self._loaded[name] = store.load(self._file(name), verify=verify, mapped=True)
+        elif verify:  # so far somebody has looked at its header only
+            store.check(self._file(name))
+        if verify:
+            self._verified.add(name)
         return self._loaded[name]
 
     def read(self, name: str) -> Part:
