@@ -211,7 +211,9 @@ def require_deepspeed() -> None:
         MissingDependency: it is not installed.
     """
     if importlib.util.find_spec("deepspeed") is None:
-        raise MissingDependency(f"--moe-layer deepspeed: {comm.INSTALL}, {_INSTEAD}")
+        raise MissingDependency(
+            f"--moe-layer deepspeed needs DeepSpeed: {comm.INSTALL}, {_INSTEAD}"
+        )
 
 
 def deepspeed_moe(device: torch.device | str) -> Any:

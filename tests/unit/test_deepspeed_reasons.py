@@ -169,6 +169,15 @@ def test_keys_that_are_not_taken(tmp_path: Path, content: Any, said: str) -> Non
     assert file in str(error.value)
 
 
+def test_a_package_that_does_not_start_is_told_in_one_line() -> None:
+    broken = RuntimeError("this torch\nis too new")
+    with (
+        patch("importlib.import_module", side_effect=broken),
+        pytest.raises(MissingDependency, match=r"imported \(this torch is too new\): pip install"),
+    ):
+        comm.load("cpu")
+
+
 # -- a guest's manners ------------------------------------------------------------------------
 
 

@@ -185,7 +185,9 @@ def test_the_size_of_a_group_that_is_advised_divides_the_experts_too():
 def test_without_deepspeed_the_user_is_told_what_to_type(monkeypatch):
     layers = part("layers")
     monkeypatch.setattr(layers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingDependency, match=r"pip install .* --moe-layer native"):
+    with pytest.raises(
+        MissingDependency, match=r"needs DeepSpeed: pip install .* --moe-layer native"
+    ):
         check(train_config("--arch", "transformer_ds_moe_tiny", *MOE, "--moe-layer", "deepspeed"))
     check(train_config("--arch", "transformer_ds_moe_tiny", *MOE))
 

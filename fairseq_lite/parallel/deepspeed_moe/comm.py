@@ -38,15 +38,16 @@ def load(device: torch.device | str) -> Any:
         The package.
 
     Raises:
-        MissingDependency: it is not installed, or does not work with this torch.
+        MissingDependency: it is not installed, or does not work with this torch or machine.
     """
     try:
         with _quietly():
             package = importlib.import_module("deepspeed")
             _use(torch.device(device).type)
             _import_muon()
-    except ImportError as e:
-        raise MissingDependency(f"DeepSpeed cannot be imported ({e}): {INSTALL}") from e
+    except Exception as e:  # it looks at compilers, GPUs and variables, and what fails is raised
+        why = " ".join(str(e).split()) or type(e).__name__
+        raise MissingDependency(f"DeepSpeed cannot be imported ({why}): {INSTALL}") from e
     return package
 
 
