@@ -39,7 +39,7 @@ from fairseq_lite.parallel.experts import (
 )
 from fairseq_lite.parallel.local import norm_of
 from fairseq_lite.parallel.plan import common_reasons
-from fairseq_lite.parallel.shards import parted, pieces
+from fairseq_lite.parallel.shards import held, parted, pieces
 from fairseq_lite.parallel.shards.spans import parameter_names
 
 # Elements in one buffer, and buffers on their way at a time. Large enough that latency does not
@@ -174,7 +174,7 @@ class LegacyDDP(Backend):
     ) -> Mapping[str, Part]:
         spread = self.spread(model)
         if spread is not None:
-            holds = parted.plain_holding(model, optimizer, average)
+            holds = held.holding(model, optimizer, average)
             return parted.whole_parts(self.world, holds, spread)
         if not self.world.is_main:
             return {}

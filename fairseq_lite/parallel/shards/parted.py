@@ -31,9 +31,6 @@ from fairseq_lite.parallel.shards.spans import (
 from fairseq_lite.parallel.shards.stored import Stored
 from fairseq_lite.parallel.world import World
 
-plain_holding = held.holding
-
-
 # -- writing ------------------------------------------------------------------------------------
 
 
@@ -165,7 +162,7 @@ def load(
     Raises:
         CheckpointError: on every rank, when a part is missing, damaged or does not fit.
     """
-    into = plain_holding(model, None, average)
+    into = held.holding(model, None, average)
     names = None if optimizer is None else parameter_names(model, optimizer)
     state = fill(world, into, parts, fitting_of(model), names, spread)
     held.put_back(into.weights, model.state_dict())
