@@ -1,8 +1,9 @@
 """The backends behind `--ddp-backend deepspeed_moe`: ZeRO 0, and ZeRO 1 and 2.
 
 At every stage each rank has the whole model, but for experts that others own, and DeepSpeed forms
-the groups: an expert group exchanges tokens, an expert-data group owns the same experts. Stage 0
-reduces gradients and steps as `legacy_ddp` does. At stage 1 a rank holds its piece of the
+its groups: an expert group of the ranks that exchange tokens, which they do as with `legacy_ddp`,
+and an expert-data group of those that own the same experts, over which ZeRO works. Stage 0 reduces
+gradients and steps as `legacy_ddp` does. At stage 1 a rank holds its piece of the
 optimizer's state, at stage 2 of gradients too: what batches of one update have in common is then
 one piece, and whole gradients live for one batch.
 
