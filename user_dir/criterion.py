@@ -18,7 +18,7 @@ from fairseq_lite.criteria.cross_entropy import base2
 from fairseq_lite.errors import ConfigError
 from fairseq_lite.models.api import ARCHITECTURES
 from fairseq_lite.moe.watch import layers_of, metadata, report_sums
-from fairseq_lite.parallel.experts import has_experts
+from fairseq_lite.parallel.experts import NamesExperts, has_experts
 from fairseq_lite.registry import near
 
 ALIAS = "base_crit"
@@ -142,7 +142,7 @@ class ModelAndBaseCriterion(Criterion):
 
     @classmethod
     def check_run(cls, run: RunConfig, world_size: int) -> None:
-        """Refuse weights of losses that the architecture does not have, where it says which it has.
+        """Refuse weights of losses that the architecture does not have, where it says which.
 
         Raises:
             ConfigError: with the first of them.
@@ -151,6 +151,13 @@ class ModelAndBaseCriterion(Criterion):
         offered = getattr(ARCHITECTURES.get(str(run.model.name)).factory, "losses", None)
         if offered is not None:
             cfg.check_names(offered, f"--arch {run.model.name}")
+            flags = run.model.config
+            dense = isinstance(flags, NamesExperts) and flags.experts_to_spread() is None
+            if cfg.base_weight() is None and dense and set(offered) == {GATE_LOSS}:
+                raise ConfigError(
+                    "--loss-weights leaves out the base criterion's loss, and a model without"
+                    " experts has no other: leave out its null, or add experts"
+                )
 
     def check(self, model: nn.Module) -> None:
         """Refuse weights of losses that the model does not have, if that can be known now.

@@ -208,6 +208,16 @@ def test_a_name_the_architecture_does_not_offer_is_refused_before_any_process():
         check(train_config(*MOE, "--loss-weights", '{"expert_gate_loss": 10}'))
 
 
+def test_a_dense_model_needs_the_bases_loss():
+    from fairseq_lite.training.assembly import check
+
+    alone = ["--loss-weights", '{"base_crit": null}']
+    with pytest.raises(ConfigError, match="a model without experts has no other"):
+        check(train_config(*MOE, *alone, "--deepspeed_moe", ""))
+    experts = ["--deepspeed_moe", "enc", "--num-experts", "2", "--moe-layer", "native"]
+    check(train_config(*MOE, *alone, *experts))
+
+
 @pytest.mark.parametrize("text", ["", "{}", '{"experts_gate_loss": null}'])
 def test_weights_may_be_empty_or_null(text):
     config = train_config(*MOE, "--loss-weights", text).criterion.config
