@@ -160,16 +160,11 @@ class MoEConfig:
                 f"--moe-capacity-factor {self.moe_capacity_factor}: expected more than 0, or 0 for "
                 "experts that take as many tokens as come"
             )
-        if self.moe_eval_capacity_token_fraction == 0:
-            raise ConfigError(
-                "--moe-eval-capacity-token-fraction 0: experts would take no token; leave it out to"
-                " drop none, or give a share from 0 to 1, or -1 for the rule of training"
-            )
         fraction = self.moe_eval_capacity_token_fraction
-        if fraction is not None and not math.isfinite(fraction):
+        if fraction is not None and not (0 < fraction <= 1 or -math.inf < fraction < 0):
             raise ConfigError(
-                f"--moe-eval-capacity-token-fraction {fraction}: expected a share from 0 to 1, or"
-                " -1 for the rule of training; leave it out to drop no token"
+                f"--moe-eval-capacity-token-fraction {fraction}: expected a share above 0, up to 1,"
+                " or -1 for the rule of training; leave it out to drop no token"
             )
         if not 0 <= self.moe_jitter < 1:
             raise ConfigError(f"--moe-jitter {self.moe_jitter}: expected 0 to below 1")

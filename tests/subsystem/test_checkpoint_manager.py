@@ -444,7 +444,7 @@ def test_refused_features_and_unknown_architectures_are_named(saved):
     state = store.load(saved.folder / "checkpoint_best.pt")
     for field, message in (
         ("adaptive_input", "--adaptive-input"),
-        ("_name", "unknown architecture"),
+        ("_name", "architecture lstm: is not known here: give the --user-dir"),
     ):
         changed = {
             **state,

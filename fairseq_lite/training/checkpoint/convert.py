@@ -531,6 +531,11 @@ def _choice(
             )
         return Choice()
     where = f"{path}: {registry.kind} {name}"
+    if name not in registry:
+        raise CheckpointError(
+            f"{where}: is not known here: give the --user-dir it comes from, or the checkpoint is "
+            "of an architecture that is not built"
+        )
     try:
         entry = registry.get(str(name))
         explicit = {
