@@ -1,112 +1,144 @@
 """DeepSpeed's layer and the native one on several ranks train as one process does.
 
-Several cases share their processes: starting those takes longer than training.
+Several rows share their processes: starting those takes longer than training.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from fairseq_lite.parallel.world import SingleWorld, World
+from fairseq_lite.training.trainer import Trainer
 from tests.helpers import moe
 from tests.helpers.distributed import run_distributed
 from tests.helpers.user_dir import TINY, USER_DIR, needs_deepspeed
 
-pytestmark = [pytest.mark.timeout(240), needs_deepspeed]
+pytestmark = [pytest.mark.timeout(600), needs_deepspeed]
 
-# (processes, ep-world-size, top-k, layer, capacity flags, backend). Batches differ in size, so with
-# a capacity the processes of a group have different ones.
+# Batches differ in size, so with a capacity the processes of a group have different ones.
 DROPLESS, TIGHT = ("--no-drop-tokens",), ("--capacity-factor", "0.7")
-CASES = [
-    (2, 1, 1, "deepspeed", DROPLESS, "legacy_ddp"),
-    (2, 1, 2, "native", DROPLESS, "legacy_ddp"),
-    (2, 2, 1, "deepspeed", DROPLESS, "legacy_ddp"),
-    (2, 2, 1, "native", DROPLESS, "legacy_ddp"),
-    (2, 2, 2, "deepspeed", DROPLESS, "legacy_ddp"),
-    (2, 2, 2, "deepspeed", TIGHT, "legacy_ddp"),
-    (2, 2, 2, "native", TIGHT, "legacy_ddp"),
-    (2, 2, 1, "deepspeed", DROPLESS, "fully_sharded"),
-    (2, 1, 2, "deepspeed", TIGHT, "fully_sharded"),
-    (2, 2, 2, "deepspeed", DROPLESS, "zero1"),
-    (2, 1, 1, "deepspeed", DROPLESS, "zero2"),
-    (4, 2, 1, "deepspeed", DROPLESS, "legacy_ddp"),
-    (4, 4, 2, "deepspeed", TIGHT, "legacy_ddp"),
+BACKENDS = moe.BACKENDS | moe.ZERO
+
+
+class Row(NamedTuple):
+    """A row of the table; `ep` is --ep-world-size, `top` the choices of a token."""
+
+    processes: int
+    ep: int
+    top: int
+    layer: str = "deepspeed"
+    capacity: tuple[str, ...] = DROPLESS
+    backend: str = "legacy_ddp"
+    experts: int = 4
+
+    def __str__(self) -> str:
+        words = [f"{self.processes}ranks", f"ep{self.ep}", self.backend, self.layer]
+        words += [f"E{self.experts}", f"top{self.top}", *(w.strip("-") for w in self.capacity)]
+        return "-".join(words)
+
+
+# Four ranks with two experts have each of them twice.
+TABLE = [
+    Row(processes, min(processes, experts), top, backend=backend, experts=experts)
+    for processes in (1, 2, 4)
+    for experts in (2, 4, 8)
+    for top in (1, 2)
+    for backend in BACKENDS
+]
+MORE = [
+    Row(1, 1, 2, capacity=TIGHT),
+    Row(2, 1, 1),
+    Row(2, 1, 2, "native"),
+    Row(2, 2, 1, "native"),
+    Row(2, 2, 2, capacity=TIGHT),
+    Row(2, 2, 2, "native", TIGHT),
+    Row(2, 1, 2, capacity=TIGHT, backend="fully_sharded"),
+    Row(2, 1, 1, backend="zero2"),
+    Row(4, 2, 1),
+    Row(4, 4, 2, capacity=TIGHT),
 ]
 
 
-def flags(top_k: int, layer: str, capacity: tuple[str, ...], ep: int = 1) -> list[str]:
+def flags(row: Row) -> list[str]:
     return [
         *("--user-dir", str(USER_DIR), *TINY),
-        *("--deepspeed_moe", "enc,dec", "--num-experts", "4", "--top-k", str(top_k)),
-        *("--moe-layer", layer, "--ep-world-size", str(ep), *capacity),
+        *("--deepspeed_moe", "enc,dec", "--num-experts", str(row.experts)),
+        *("--top-k", str(row.top), "--moe-layer", row.layer),
+        *("--ep-world-size", str(row.ep), *row.capacity),
         *("--criterion", "model_and_base", "--base-criterion", "label_smoothed_cross_entropy"),
         *("--base-criterion-config", '{"label_smoothing": 0.1}'),
         *("--loss-weights", '{"base_crit": 1, "experts_gate_loss": 3}'),
         *moe.TRAINING,
+        *BACKENDS[row.backend],
+        *("--distributed-world-size", str(row.processes)),
     ]
 
 
-def _train_all(world: World, data: str, cases: list[Any], bugs: list[Any] | None = None) -> Any:
-    """Each case in turn, or the one case with each bug in turn."""
-    found = []
-    for (_, ep, top_k, layer, capacity, backend), bug in (
-        [(case, None) for case in cases] if bugs is None else [(cases[0], bug) for bug in bugs]
-    ):
-        made = [*flags(top_k, layer, capacity, ep), *(moe.BACKENDS | moe.ZERO)[backend]]
-        made += ["--distributed-world-size", str(world.size)]
-        found.append(moe.train(world, Path(data), made, plant=bug))
-    return found
+Bug = Callable[[Trainer], None]
+
+
+def _train_all(
+    world: World, data: str, rows: Sequence[Row], bugs: Sequence[Bug | None] = (None,)
+) -> list[moe.Trained]:
+    """Each row in turn, with each bug in turn."""
+    try:
+        return [moe.train(world, Path(data), flags(row), plant=bug) for row in rows for bug in bugs]
+    finally:
+        if world.size == 1:
+            world.close()  # what a sharded run of one process formed
 
 
 @cache
-def one_process(data: str, top_k: int, capacity: tuple[str, ...]) -> moe.Trained:
-    return moe.train(SingleWorld(), Path(data), flags(top_k, "native", capacity))
-
-
-@pytest.mark.parametrize("processes", [2, 4])
-def test_ranks_train_as_one_process(toy_data, processes):
-    cases = [case for case in CASES if case[0] == processes]
+def on_ranks(data: str, processes: int) -> list[dict[Row, Any]]:
+    """By rank, then by row."""
+    rows = [row for row in (*TABLE, *MORE) if row.processes == processes]
     ranks = run_distributed(
-        *(_train_all, processes, str(toy_data), cases), user_dir=str(USER_DIR), timeout=200
+        *(_train_all, processes, data, rows), user_dir=str(USER_DIR), timeout=560, heartbeat=100
     )
-    for i, case in enumerate(cases):
-        one = one_process(str(toy_data), case[2], case[4])
-        moe.assert_alike(one, [rank[i] for rank in ranks])
+    return [dict(zip(rows, rank, strict=True)) for rank in ranks]
 
 
-def test_one_process_with_deepspeeds_layer(toy_data):
-    for top_k, capacity in ((1, DROPLESS), (2, TIGHT)):
-        found = moe.train(SingleWorld(), toy_data, flags(top_k, "deepspeed", capacity))
-        moe.assert_alike(one_process(str(toy_data), top_k, capacity), [found])
+def one_process(data: str, row: Row) -> moe.Trained:
+    """What one process does, with the native layer."""
+    return _one_process(data, row._replace(processes=1, ep=1, layer="native", backend="legacy_ddp"))
+
+
+@cache
+def _one_process(data: str, row: Row) -> moe.Trained:
+    return moe.train(SingleWorld(), Path(data), flags(row))
+
+
+@pytest.mark.parametrize("row", [*TABLE, *MORE], ids=str)
+def test_ranks_train_as_one_process(toy_data, row):
+    ranks = on_ranks(str(toy_data), row.processes)
+    moe.assert_alike(one_process(str(toy_data), row), [rank[row] for rank in ranks])
 
 
 def test_a_bug_put_in_is_noticed(toy_data):
-    case = (2, 2, 2, "deepspeed", DROPLESS, "legacy_ddp")
+    row = Row(2, 2, 2)
     bugs = [moe.undivided, moe.gate_alone, moe.own_experts_in_the_norm]
     ranks = run_distributed(
-        *(_train_all, 2, str(toy_data), [case], bugs), user_dir=str(USER_DIR), timeout=100
+        *(_train_all, 2, str(toy_data), [row], bugs), user_dir=str(USER_DIR), timeout=100
     )
     for i, bug in enumerate(bugs):
-        one, several = one_process(str(toy_data), 2, DROPLESS), [rank[i] for rank in ranks]
+        one, several = one_process(str(toy_data), row), [rank[i] for rank in ranks]
         with pytest.raises(AssertionError):
             moe.assert_alike(one, several)
         assert several[0].losses, bug.__name__
 
 
 def test_a_full_top_1_expert_takes_no_process_down(toy_data):
-    cases = [
-        (2, 2, 1, "deepspeed", TIGHT, "legacy_ddp"),
-        (2, 2, 1, "deepspeed", (*TIGHT, "--use-rts"), "legacy_ddp"),
-    ]
+    rows = [Row(2, 2, 1, capacity=TIGHT), Row(2, 2, 1, capacity=(*TIGHT, "--use-rts"))]
     ranks = run_distributed(
-        *(_train_all, 2, str(toy_data), cases), user_dir=str(USER_DIR), timeout=100
+        *(_train_all, 2, str(toy_data), rows), user_dir=str(USER_DIR), timeout=100
     )
     for found in (each for rank in ranks for each in rank):
         assert all(torch.isfinite(torch.tensor([*found.losses, *found.norms])))
-    one = moe.train(SingleWorld(), toy_data, flags(1, "deepspeed", TIGHT))
+    one = moe.train(SingleWorld(), toy_data, flags(Row(1, 1, 1, capacity=TIGHT)))
     moe.assert_alike(one, [rank[0] for rank in ranks])
