@@ -48,18 +48,30 @@ class Training:
         if backend.startswith("fairscale"):
             fairscale_shim.install()
         self.world = world
-        words = [*flags(experts, backend), "--seed", str(seed)]
+        words = [*self.flags(experts, backend), "--seed", str(seed)]
         self.trainer, batches = make_trainer(world, data, words)
         self.trainer.begin_epoch(1)
         self._batches: Iterator[Sample] = itertools.cycle(batches)
 
-    def update(self, count: int, *, skip: int = 0) -> None:
-        """Make updates of two batches a rank, after those of `skip` earlier ones."""
+    def flags(self, experts: int, backend: str) -> list[str]:
+        """Of flite-train."""
+        return flags(experts, backend)
+
+    def update(self, count: int, *, skip: int = 0, batches: int | None = None) -> list[float]:
+        """Make updates of `batches`, by default two a rank, after those of `skip` earlier ones.
+
+        Returns:
+            The losses.
+        """
         size, rank = self.world.size, self.world.rank
+        losses = []
         for number in range(skip + count):
-            dealt = [next(self._batches) for _ in range(2 * size)]
+            dealt = [next(self._batches) for _ in range(batches or 2 * size)]
             if number >= skip:
-                assert self.trainer.train_step(dealt[rank::size]) is not None
+                done = self.trainer.train_step(dealt[rank::size])
+                assert done is not None
+                losses.append(done.sums["loss"] / done.sums["sample_size"])
+        return losses
 
     def save(self, path: Path, mark: str = "a") -> None:
         """Write `path` as its backend does."""
