@@ -16,6 +16,7 @@ from fairseq_lite.moe.products import (
     evened,
     linear_by_expert,
     linear_grouped,
+    stacked,
     takes_grouped_products,
     uneven,
     wants_even_counts,
@@ -122,28 +123,31 @@ class Experts(ExpertHost):
         biases = [layer.bias for layer in layers if layer.bias is not None]
         params = weights + biases
         if isinstance(counts, Tensor):
-            weight = self._in_type(f"{name}.weight", weights, rows.dtype)
-            bias = self._in_type(f"{name}.bias", biases, rows.dtype) if biases else None
             ends = counts.cumsum(0, dtype=torch.int32)
+            weight = self._kept(f"{name}.weight", weights, rows.dtype)
+            bias = self._kept(f"{name}.bias", biases, rows.dtype)
             return linear_grouped(rows, ends, params, weight, bias)
-        kept: list[Sequence[Tensor]] = [
+        as_rows: list[Sequence[Tensor]] = [
             each
-            if all(p.dtype == rows.dtype for p in each)
+            if _are(each, rows.dtype)
             else self._in_type(f"{name}.{kind}", each, rows.dtype).unbind(0)
             for kind, each in (("weight", weights), ("bias", biases))
         ]
-        return linear_by_expert(rows, counts, params, *kept)
+        return linear_by_expert(rows, counts, params, *as_rows)
+
+    def _kept(self, name: str, params: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+        """Copies that live on after a product: of another type, while no weight changes."""
+        if self._casts is None or _are(params, dtype):
+            return None
+        return self._in_type(name, params, dtype)
 
     def _in_type(self, name: str, params: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """(E, …) copies of the experts' parameters, stacked."""
-        if self._casts is not None and (name, dtype) in self._casts:
-            return self._casts[name, dtype]
-        first = params[0]
-        out = torch.empty((len(params), *first.shape), dtype=dtype, device=first.device)
-        torch._foreach_copy_(list(out.unbind(0)), [p.detach() for p in params])
-        if self._casts is not None:
-            self._casts[name, dtype] = out
-        return out
+        if self._casts is None:
+            return stacked(params, dtype)
+        if (name, dtype) not in self._casts:
+            self._casts[name, dtype] = stacked(params, dtype)
+        return self._casts[name, dtype]
 
 
 @contextmanager
@@ -153,7 +157,8 @@ def casts_kept(model: nn.Module) -> Iterator[None]:
     For code during which no weight changes: the micro-batches of one update, with what activation
     checkpointing runs again of them, or a validation. Nobody could tell afterwards that a copy
     has become old: backends change weights behind torch's counters of changes. Weights that ranks
-    share out are left alone, since whole copies would undo that.
+    share out are left alone, since whole copies would undo that; and weights that have the type
+    already, of which copies would be as large again as the model's experts.
 
     Args:
         model: whose experts.
@@ -176,6 +181,10 @@ def _holds_its_weights(experts: Experts) -> bool:
     """Whether this rank has them whole all the time: they are neither spread nor in a row."""
     params = list(experts.parameters())
     return bool(params) and not any(map(is_spread, params))
+
+
+def _are(params: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    return all(p.dtype == dtype for p in params)
 
 
 def _is_two_products(expert: nn.Module) -> bool:

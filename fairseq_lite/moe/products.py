@@ -75,19 +75,31 @@ def linear_grouped(
     rows: Tensor,
     ends: Tensor,
     params: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """As `linear_by_expert`, in one product.
+
+    The product wants all weights in one tensor. A copy that the caller keeps anyway may as well be
+    kept for the backward pass. Without one, that pass gets the parameters and makes its own:
+    between the passes sharded ones are freed and fetched again, which no copy would be.
 
     Args:
         rows: (N, D), sorted by expert.
         ends: (E,) int32, where each expert's rows end.
         params: as there.
-        weight: (E, F, D) of the type of `rows`.
-        bias: (E, F) of that type, or None.
+        weight: (E, F, D) of the type of `rows`, a copy that is kept; None: there is none.
+        bias: (E, F), likewise; None where there are no biases, too.
     """
     out: Tensor = _Grouped.apply(rows, ends, weight, bias, *params)  # type: ignore[no-untyped-call]
+    return out
+
+
+def stacked(params: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """A copy of tensors of one shape, (E, …), without their history."""
+    first = params[0]
+    out = torch.empty((len(params), *first.shape), dtype=dtype, device=first.device)
+    torch._foreach_copy_(list(out.unbind(0)), [p.detach() for p in params])
     return out
 
 
@@ -217,10 +229,21 @@ class _ByExpert(torch.autograd.Function):
 class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, ends: Tensor, weight: Tensor, bias: Tensor | None, *params: Tensor
+        ctx: Any,
+        rows: Tensor,
+        ends: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *params: Tensor,
     ) -> Tensor:
         ctx.types = [p.dtype for p in params]
-        ctx.save_for_backward(rows, ends, weight)
+        weights, biases = params[: ends.size(0)], params[ends.size(0) :]
+        ctx.kept = weight is not None
+        ctx.save_for_backward(rows, ends, *(weights if weight is None else [weight]))
+        if weight is None:
+            weight = stacked(weights, rows.dtype)
+        if bias is None and biases:
+            bias = stacked(biases, rows.dtype)
         out = F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
         if bias is not None:
             number = torch.arange(rows.size(0), dtype=ends.dtype, device=ends.device)
@@ -231,13 +254,15 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, ends, weight = ctx.saved_tensors
+        rows, ends, *weights = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        count = weight.size(0)
+        count = ends.size(0)
         result: list[Tensor | None] = [None] * len(needed)
         grad = grads[0].contiguous()
         if needed[0]:
+            weight = weights[0] if ctx.kept else stacked(weights, rows.dtype)
             result[0] = F.grouped_mm(grad, weight, offs=ends)
+            del weight  # before gradients as large as it
         empty = ends.diff(prepend=ends.new_zeros(1)) == 0  # of which the product may say anything
         if any(needed[4 : 4 + count]):
             wide = F.grouped_mm(grad.t(), rows, offs=ends).to(ctx.types[0])

@@ -19,7 +19,7 @@ from fairseq_lite.moe import experts as experts_module
 from fairseq_lite.moe.experts import Experts, casts_kept
 from fairseq_lite.moe.layer import MoELayer
 from fairseq_lite.moe.options import MoEOptions, RouterOptions
-from fairseq_lite.moe.products import evened, linear_by_expert, linear_grouped, uneven
+from fairseq_lite.moe.products import evened, linear_by_expert, linear_grouped, stacked, uneven
 from fairseq_lite.moe.rows import Places, combine, dispatch, permute
 
 DIM, INNER = 8, 12
@@ -28,11 +28,11 @@ DIM, INNER = 8, 12
 class Feed(nn.Module):
     """A feed-forward network with the two products that the fast path takes."""
 
-    def __init__(self, bias: bool = True, norm: bool = False) -> None:
+    def __init__(self, bias: bool = True, norm: bool = False, inner: int = INNER) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(DIM, INNER, bias=bias)
-        self.fc2 = nn.Linear(INNER, DIM, bias=bias)
-        self.norm = nn.LayerNorm(INNER) if norm else None
+        self.fc1 = nn.Linear(DIM, inner, bias=bias)
+        self.fc2 = nn.Linear(inner, DIM, bias=bias)
+        self.norm = nn.LayerNorm(inner) if norm else None
 
     def between(self, inner: Tensor) -> Tensor:
         inner = F.gelu(inner)
@@ -273,15 +273,13 @@ def by_expert(counts: list[int]) -> Callable[..., Tensor]:
     return function
 
 
-def grouped(counts: list[int]) -> Callable[..., Tensor]:
+def grouped(counts: list[int], kept: bool) -> Callable[..., Tensor]:
     def function(rows: Tensor, *params: Tensor) -> Tensor:
         count = len(counts)
         ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
-        bias = torch.stack(params[count:]) if len(params) > count else None
-        weight = torch.stack(params[:count])
-        return linear_grouped(
-            rows, ends, params, weight.detach(), None if bias is None else bias.detach()
-        )
+        weight = stacked(params[:count], rows.dtype) if kept else None
+        bias = stacked(params[count:], rows.dtype) if kept and len(params) > count else None
+        return linear_grouped(rows, ends, params, weight, bias)
 
     return function
 
@@ -297,15 +295,21 @@ def test_gradients_of_the_products(counts: list[int], bias: bool) -> None:
     torch.testing.assert_close(by_expert(counts)(*tensors), want)
 
 
-@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped product")
+HAS_GROUPED = pytest.mark.skipif(
+    not hasattr(F, "grouped_mm"), reason="this torch has no grouped product"
+)
+
+
+@HAS_GROUPED
+@pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("counts", [[3, 0, 2], [0, 5], [16, 8]])
 def test_the_grouped_product_is_that_of_each_expert(
-    counts: list[int], bias: bool, dtype: torch.dtype
+    counts: list[int], bias: bool, dtype: torch.dtype, kept: bool
 ) -> None:
     results = []
-    for function in (by_expert(counts), grouped(counts)):
+    for function in (by_expert(counts), grouped(counts, kept)):
         torch.manual_seed(0)
         tensors = linear_case(counts, bias, dtype)
         out = function(*tensors)
@@ -313,6 +317,73 @@ def test_the_grouped_product_is_that_of_each_expert(
         results.append([out.detach(), *(t.grad for t in tensors)])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=0.02, atol=0.1 if dtype.itemsize == 2 else 1e-5)
+
+
+def wide_experts(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> Experts:
+    """Experts that run as on a GPU."""
+    monkeypatch.setattr(experts_module, "takes_grouped_products", lambda *_: True)
+    return Experts(3, lambda: Feed(inner=16), "some.layer").to(dtype)
+
+
+@HAS_GROUPED
+def test_grouped_products_keep_parameters_and_no_copies_for_backward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    experts = wide_experts(monkeypatch, torch.bfloat16)
+    params = list(experts.parameters())
+    rows = torch.randn(7, DIM, dtype=torch.bfloat16, requires_grad=True)
+    counts = torch.tensor([4, 0, 3])
+    weights = {p.data_ptr() for p in params if p.dim() == 2}
+    saved: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    def gradients(between: Callable[[], None]) -> list[Tensor]:
+        with casts_kept(experts), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            out = experts(rows, counts)
+            assert experts._casts == {}
+        between()
+        return list(torch.autograd.grad(out.float().square().sum(), [rows, *params]))
+
+    def freed_and_fetched() -> None:  # as sharding does it, in the same place
+        values = [p.detach().clone() for p in params]
+        sizes = [p.untyped_storage().size() for p in params]
+        for p in params:
+            p.untyped_storage().resize_(0)
+        assert all(t.untyped_storage().size() == 0 for t in saved if t.data_ptr() in weights)
+        for p, value, size in zip(params, values, sizes, strict=True):
+            p.untyped_storage().resize_(size)
+            p.data.copy_(value)
+
+    want = gradients(lambda: None)
+    assert weights <= {t.data_ptr() for t in saved}
+    assert max(t.dim() for t in saved) == 2  # a stack would have three axes
+    for got, expected in zip(gradients(freed_and_fetched), want, strict=True):
+        assert torch.equal(got, expected)
+
+
+@HAS_GROUPED
+def test_grouped_products_make_copies_in_another_type_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    experts = wide_experts(monkeypatch, torch.float32)
+    calls = count_casts(monkeypatch)
+    rows, counts = torch.randn(7, DIM), torch.tensor([4, 0, 3])
+
+    def gradients() -> list[Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = experts(rows, counts)
+        return list(torch.autograd.grad(out.float().sum(), list(experts.parameters())))
+
+    want = gradients()
+    assert len(calls) == 5  # two weights, two biases; in backward the second weight
+    with casts_kept(experts):
+        for _ in range(2):
+            for got, expected in zip(gradients(), want, strict=True):
+                assert torch.equal(got, expected)
+    assert len(calls) == 9
 
 
 # -- how it is computed ---------------------------------------------------------------------------
