@@ -28,16 +28,16 @@ _COMMANDS = {
 
 Case = tuple[str, list[str]]
 
-_SIZES = [
+SIZES = [
     f"--{side}-{name}={size}"
     for side in ("encoder", "decoder")
     for name, size in (
         ("embed-dim", 32), ("ffn-embed-dim", 32), ("layers", 2), ("attention-heads", 2),
     )
 ]  # fmt: skip
-_PAIR_MODEL = ["--arch", "transformer_tiny", *_SIZES]
+_PAIR_MODEL = ["--arch", "transformer_tiny", *SIZES]
 _LANGUAGE_MODEL = [
-    *("--task", "language_modeling", "--arch", "transformer_lm", *_SIZES[4:]),
+    *("--task", "language_modeling", "--arch", "transformer_lm", *SIZES[4:]),
     *("--decoder-input-dim", "32", "--decoder-output-dim", "32"),
 ]
 
