@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from fairseq_lite.config.core import RunConfig
 from fairseq_lite.registry import Registry
 
 CRITERIA = Registry("criterion", "--criterion")
@@ -39,6 +40,18 @@ class Criterion(nn.Module):
         self.cfg = cfg
         self.sentence_avg = sentence_avg
         self.padding_idx: int = task.target_dictionary.pad()
+
+    @classmethod
+    def check_run(cls, run: RunConfig, world_size: int) -> None:
+        """Refuse what cannot work, before any process is started and any model is built.
+
+        Args:
+            run: what was asked for.
+            world_size: how many processes it will have.
+
+        Raises:
+            ConfigError: with what to type instead.
+        """
 
     def forward(self, model: Any, sample: Mapping[str, Any]) -> tuple[Tensor, int, Sums]:
         """The loss of a batch.

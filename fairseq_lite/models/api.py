@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fairseq_lite.config.core import RunConfig
 from fairseq_lite.errors import CheckpointError, ConfigError
 from fairseq_lite.parallel.experts import expert_modules
 from fairseq_lite.parallel.shards.experts import without_others
@@ -81,6 +82,18 @@ class EncoderOut(NamedTuple):
 
 class Model(nn.Module):
     """Base of every architecture."""
+
+    @classmethod
+    def check_run(cls, run: RunConfig, world_size: int) -> None:
+        """Refuse what cannot work, before any process is started and any model is built.
+
+        Args:
+            run: what was asked for.
+            world_size: how many processes it will have.
+
+        Raises:
+            ConfigError: with what to type instead.
+        """
 
     @classmethod
     def build(cls, cfg: Any, task: ModelTask) -> Model:

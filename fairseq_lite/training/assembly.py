@@ -53,14 +53,11 @@ def check(run: RunConfig) -> None:
 
 
 def _check_entries(run: RunConfig) -> None:
-    """Ask the architecture and the criterion, if they have a say, what cannot work.
-
-    That is a class method `check_run(run, world_size)`, which raises a ConfigError.
-    """
+    """Ask the architecture and the criterion what cannot work."""
+    found = plan(run.distributed_training, cpu=run.common.cpu, machine=Machine.here())
     for registry, choice in ((ARCHITECTURES, run.model), (CRITERIA, run.criterion)):
-        factory: Any = registry.get(choice.name).factory if choice.name is not None else None
-        if hasattr(factory, "check_run"):
-            found = plan(run.distributed_training, cpu=run.common.cpu, machine=Machine.here())
+        if choice.name is not None:
+            factory: Any = registry.get(choice.name).factory
             factory.check_run(run, found.size)
 
 
