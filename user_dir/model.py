@@ -28,10 +28,9 @@ from fairseq_lite.models.transformer_layers import (
 )
 from fairseq_lite.moe.flags import is_moe_field
 
+from .criterion import GATE_LOSS
 from .layers import DeepSpeedMixture, NativeMixture, require_deepspeed
 from .options import JITTER, DeepSpeedOptions, GateOptions, LayerKind, NoisyGatePolicy
-
-GATE_LOSS = "experts_gate_loss"
 
 # Flags of the other family that mean the same here.
 _ALSO_HERE = {"moe_expert_ffn_dim", "moe_normalize_expert_grad"}

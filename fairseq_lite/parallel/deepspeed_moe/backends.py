@@ -41,7 +41,13 @@ from fairseq_lite.parallel.world import World
 
 
 class Replicated(LegacyDDP):
-    """ZeRO 0: DeepSpeed's groups, and whole gradients and optimizer state on every rank."""
+    """ZeRO 0: DeepSpeed's groups, and whole gradients and optimizer state on every rank.
+
+    Nothing here asks the groups for more than their ranks. They are for DeepSpeed's own code in a
+    plugin or around a model, at every stage alike: its layer of experts looks for the group of its
+    name and forms one if there is none, and its gradient norm and ZeRO find the groups of an
+    expert's parameter by the name that it bears.
+    """
 
     cfg: ZeroSettings
 
