@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fairseq_lite.parallel.experts import expert_parameters
+from fairseq_lite.parallel.fully_sharded.torch_engine import TorchSharded
 from fairseq_lite.parallel.local import is_spread, local
 from fairseq_lite.parallel.world import World
 from fairseq_lite.tasks.api import Sample
@@ -393,6 +396,41 @@ def replicas_counted_each(trainer: Trainer) -> None:
         return (shared + trainer.world.all_reduce(square)).sqrt().float()
 
     trainer.backend.grad_norm = wrong  # type: ignore[method-assign]
+
+
+@contextmanager
+def gates_in_no_unit() -> Iterator[None]:
+    """Trainers made inside, of torch's sharding, have no unit whose sums gates are part of."""
+    right = TorchSharded._shard_experts
+
+    def wrong(self: TorchSharded, model: nn.Module) -> set[nn.Parameter]:
+        return right(self, model) | {p for n, p in model.named_parameters() if ".gate." in n}
+
+    with patch.object(TorchSharded, "_shard_experts", wrong):
+        yield
+
+
+def reduce_gates(trainer: Trainer) -> None:
+    """What `gates_in_no_unit` leaves out is done all the same."""
+    right, listen = trainer.backend.reduce_gradients, trainer.backend.grad_norm
+
+    def reduced(model: nn.Module) -> None:
+        right(model)
+        for name, param in model.named_parameters():
+            if ".gate." in name and param.grad is not None:
+                param.grad = trainer.world.all_reduce(param.grad) / trainer.world.size
+
+    def norm(model: nn.Module) -> Tensor:
+        """A gate is counted once, not by every rank."""
+        listen(model)
+        parts = []
+        for name, param in model.named_parameters():
+            if param.grad is not None and (".gate." not in name or trainer.world.is_main):
+                parts.append(local(param.grad).double().square().sum())
+        return trainer.world.all_reduce(torch.stack(parts).sum()).sqrt().float()
+
+    trainer.backend.reduce_gradients = reduced  # type: ignore[method-assign]
+    trainer.backend.grad_norm = norm  # type: ignore[method-assign]
 
 
 BUGS = (undivided, left_out_of_the_norm, own_experts_in_the_norm)

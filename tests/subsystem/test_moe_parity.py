@@ -36,7 +36,9 @@ from tests.helpers.moe import (
     Trained,
     assembled,
     assert_alike,
+    gates_in_no_unit,
     make_lm_data,
+    reduce_gates,
     train,
 )
 from tests.helpers.parity import NOISE
@@ -194,6 +196,15 @@ FAULTY: dict[str, tuple[Case, Callable[[Trainer], None]]] = {
     **{f"sharded {bug.__name__}": (Case(2, backend=SHARDED), bug) for bug in BUGS},
     **{f"beside {bug.__name__}": (Case(4, 1, backend=SHARDED), bug) for bug in BUGS},
 }
+# A gate that every rank keeps for itself: as planted, and with its gradients added up in its place.
+GATES: dict[str, tuple[Case, Callable[[Trainer], None] | None]] = {
+    f"{kind} gate {how}": (case, repair)
+    for kind, case in (
+        ("sharded", Case(2, backend=SHARDED)),
+        ("beside", Case(4, 1, backend=SHARDED)),
+    )
+    for how, repair in (("alone", None), ("reduced", reduce_gates))
+}
 SQRT = ("--moe-normalize-expert-grad", "sqrt_world_size")
 FP16 = ("--fp16", "--fp16-init-scale", "4")
 # Experts that are whole on one owner, that are whole on two, and that two share.
@@ -210,6 +221,9 @@ def on_four_more(world: World, data: Path) -> dict[str, Any]:
         found[f"without {backend}"] = without_gradient(world, backend)
     for name, (case, bug) in FAULTY.items():
         found[name] = train(world, data, case.flags, updates=1, plant=bug)
+    for name, (case, repair) in GATES.items():
+        with gates_in_no_unit():
+            found[name] = train(world, data, case.flags, updates=1, plant=repair)
     found["right"] = train(world, data, Case(2).flags, updates=1)
     for name, (case, flags) in BF16.items():
         found[name] = train(world, data, [*case.flags, *flags])
@@ -282,6 +296,20 @@ def test_a_planted_bug_is_noticed(name: str, toy_data: Path, lm_data: Path) -> N
 
 def test_that_is_because_of_the_bug(toy_data: Path, lm_data: Path) -> None:
     assert_alike(alone(Case(2), toy_data, 1), of("right", on_ranks(4, toy_data, lm_data)))
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_that_is_not_reduced_is_noticed(name: str, toy_data: Path, lm_data: Path) -> None:
+    case, repair = GATES[name]
+    one, ranks = alone(case, toy_data, 1), of(name, on_ranks(4, toy_data, lm_data))
+    assert ranks[0].losses == pytest.approx(one.losses, rel=1e-5)
+    if repair is not None:
+        assert_alike(one, ranks)
+        return
+    with pytest.raises(AssertionError, match=r"\.gate\.\S+ is another one on rank"):
+        assembled([rank.gradients[0] for rank in ranks])
+    with pytest.raises(AssertionError):
+        assert_alike(one, ranks)
 
 
 @pytest.mark.parametrize("case", KINDS, ids=str)
