@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -16,6 +18,7 @@ from fairseq_lite_cli import generate
 from tests.helpers.commands import flite, left_running
 from tests.helpers.distributed import run_distributed
 from tests.helpers.evaluating import (
+    SIZES,
     Case,
     language_model,
     outputs,
@@ -187,36 +190,90 @@ def test_a_capacity_of_the_batch_is_noticed(cases: dict[str, Case], alone: dict[
 # -- validation in training ------------------------------------------------------------------------
 
 
-def validations(data: Path, folder: Path, ranks: int, *more: object) -> tuple[list[str], list[str]]:
-    """Metrics and samples of the validations of a run, which trains on the same batches."""
+def validations(model: Path, data: Path, log: Path, ranks: int, *more: object) -> list[Validation]:
+    """What the validations of a run say that goes on from a model that tells sentences apart."""
     done = flite(
-        "train", data, "--arch", "transformer_tiny", "--share-all-embeddings", *EVERYWHERE,
-        *("--moe-expert-count", 4, "--encoder-embed-dim", 16, "--decoder-embed-dim", 16),
-        *("--optimizer", "nag", "--lr", 0.2, "--max-update", 3, "--cpu", "--dropout", 0.1),
-        *("--batch-size", 8 // ranks, "--required-batch-size-multiple", 1, "--no-save"),
+        "train", data, "--restore-file", model, "--reset-optimizer", "--reset-dataloader",
+        *("--reset-lr-scheduler", "--reset-meters", "--arch", "transformer_tiny", *SIZES),
+        *(*EVERYWHERE, "--moe-expert-count", 4, "--moe-second-expert-policy", "all"),
+        *("--dropout", 0, "--optimizer", "nag", "--lr", 0.05, "--clip-norm", 1, "--cpu"),
+        *("--batch-size", 8, "--update-freq", 4 // ranks, "--max-update", 3, "--no-save"),
         *("--batch-size-valid", 4, "--validate-interval-updates", 2, "--log-format", "simple"),
         *("--eval-bleu", "--eval-bleu-print-samples", "--eval-bleu-args"),
-        *('{"beam": 3, "max_len_b": 20}', "--log-file", folder / f"{ranks}.log"),
-        *("--distributed-world-size", ranks, "--lr", 0.0),
+        *('{"beam": 3, "max_len_b": 20}', "--distributed-world-size", ranks, "--log-file", log),
         *more,
     )  # fmt: skip
     assert done == 0
-    lines = (folder / f"{ranks}.log").read_text("utf-8").splitlines()
-    metrics = [line.split("subset | ")[1] for line in lines if "valid on 'valid' subset" in line]
-    samples = [line.split(" | ")[-1] for line in lines if "example " in line]
-    return [re.sub(r"wps [\d.e+]+|wpb .*? \||bsz .*? \|", "", m) for m in metrics], samples
+    found, samples = [], []
+    for line in log.read_text("utf-8").splitlines():
+        if "example " in line:
+            samples.append(line.split(" | ")[-1])
+        elif "valid on 'valid' subset" in line:
+            pairs = [text.split() for text in line.split("subset | ")[1].split(" | ")]
+            metrics = {name: float(value) for name, value in pairs if name in METRICS}
+            found.append(Validation(metrics, samples))
+            samples = []
+    return found
 
 
-@pytest.mark.parametrize("backend", ["legacy_ddp", "fully_sharded"])
+class Validation(NamedTuple):
+    """Metrics, and a sample of each batch: the output and what it should be."""
+
+    metrics: dict[str, float]
+    samples: list[str]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of outputs, by batch."""
+        return [len(line.split()) for line in self.samples if "hypothesis" in line]
+
+
+METRICS = ("loss", "ppl", "bleu", "num_updates")
+ROUNDING = {"loss": 2e-3, "ppl": 2e-2, "bleu": 2e-2, "num_updates": 0.0}
+
+
+@pytest.fixture(scope="module")
+def one_validated(
+    cases: dict[str, Case], data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Validation]:
+    log = tmp_path_factory.mktemp("validated") / "1.log"
+    return validations(Path(cases["beam, 4"][1][2]), data, log, 1)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "legacy_ddp",
+        "fully_sharded",
+        pytest.param(
+            "deepspeed_moe",
+            marks=pytest.mark.skipif(
+                find_spec("deepspeed") is None, reason="deepspeed is not installed"
+            ),
+        ),
+    ],
+)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_bleu_in_validation_is_that_of_one_process(
-    data: Path, tmp_path: Path, ranks: int, backend: str
+    cases: dict[str, Case],
+    data: Path,
+    one_validated: list[Validation],
+    tmp_path: Path,
+    ranks: int,
+    backend: str,
 ) -> None:
-    one = validations(data, tmp_path, 1)
-    several = validations(data, tmp_path, ranks, "--ddp-backend", backend)
-    assert len(one[0]) == 2 and all("bleu" in line for line in one[0])
-    assert several == one
-    assert len(one[1]) > 10
+    """Of weights that training changes, for outputs that take ranks different numbers of steps."""
+    model = Path(cases["beam, 4"][1][2])
+    several = validations(model, data, tmp_path / "log", ranks, "--ddp-backend", backend)
+    first, second = one_validated
+    assert first.metrics.keys() == set(METRICS)
+    assert abs(first.metrics["loss"] - second.metrics["loss"]) > 10 * ROUNDING["loss"]
+    assert first.samples != second.samples
+    assert len({sum(first.lengths[rank::ranks]) for rank in range(ranks)}) == ranks
+    for one, other in zip(one_validated, several, strict=True):
+        assert other.samples == one.samples
+        for name, value in one.metrics.items():
+            assert other.metrics[name] == pytest.approx(value, abs=ROUNDING[name]), name
 
 
 # -- one process -----------------------------------------------------------------------------------
