@@ -62,8 +62,9 @@ class Exchange:
         # Counts travel as a table with a row for each rank, as wide as the one with most experts.
         sizes = layout.counts()
         self._width = max(sizes)
-        slots = [p * self._width + i for p, size in enumerate(sizes) for i in range(size)]
-        self._slots = torch.tensor(slots, device="cpu")  # a model may be built without memory
+        self._slots = [p * self._width + i for p, size in enumerate(sizes) for i in range(size)]
+        # Made at the first pass: a model may be built without memory, and tensors have no content.
+        self._slots_there: Tensor | None = None
 
     def run(self, rows: Tensor, counts: Tensor, compute: Compute) -> Tensor:
         """Have every row computed by its expert, wherever that is.
@@ -105,10 +106,10 @@ class Exchange:
             On the CPU: (P, most experts of a rank), rows for each expert of each rank, and
             (P, experts here), rows from each rank for each expert.
         """
-        if self._slots.device != counts.device:  # once: the host waits for such a copy
-            self._slots = self._slots.to(counts.device)
+        if self._slots_there is None or self._slots_there.device != counts.device:
+            self._slots_there = torch.tensor(self._slots, device=counts.device)
         table = counts.new_zeros(self.group.size * self._width)
-        table[self._slots] = counts
+        table[self._slots_there] = counts
         table = table.view(self.group.size, self._width)
         told = self.group.all_to_all_equal(table)
         going, coming = torch.stack([table, told]).cpu()  # the one time that the host waits
