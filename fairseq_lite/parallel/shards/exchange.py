@@ -25,14 +25,13 @@ from fairseq_lite.parallel.api import MAIN_PART, Part, PartReader, StatefulOptim
 from fairseq_lite.parallel.local import local
 from fairseq_lite.parallel.shards import held, parted, pieces, planning
 from fairseq_lite.parallel.shards.experts import Spread
-from fairseq_lite.parallel.shards.fitting import Fitting, fit, fitted, fitting_of, room_for
+from fairseq_lite.parallel.shards.fitting import Fitting, fit, fitted, room_for
 from fairseq_lite.parallel.shards.layout import Layout, gathered, outlined
 from fairseq_lite.parallel.shards.sets import shard_name
 from fairseq_lite.parallel.shards.spans import (
     Holding,
     NamedState,
     Span,
-    parameter_names,
     whole_span,
 )
 from fairseq_lite.parallel.shards.stored import Stored
@@ -50,11 +49,11 @@ def load(
     parts: PartReader,
     average: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Fill a model, its optimizer and its average from any checkpoint. All ranks take part.
+    """`parted.load` for a model whose parameters are DTensors.
 
     Args:
         world: the ranks.
-        model: its parameters are DTensors, split by their first axis over all ranks.
+        model: its parameters are split by their first axis over all ranks.
         optimizer: its state tensors are this rank's rows, or the same on all ranks.
         parts: the checkpoint.
         average: tensors by the names of the model's state, laid out alike.
@@ -62,14 +61,8 @@ def load(
     Raises:
         CheckpointError: on every rank, when a part is missing, damaged or does not fit.
     """
-    into = holding(model, None, average)
-    names = None if optimizer is None else parameter_names(model, optimizer)
-    state = fill(world, into, parts, fitting_of(model), names, Spread.of(model))
-    held.put_back(into.weights, model.state_dict())
-    if into.average is not None and average is not None:
-        held.put_back(into.average, average)
-    if optimizer is not None and state is not None:
-        optimizer.load_state_dict(state.numbered())
+    spread = Spread.of(model)
+    parted.load(world, model, optimizer, parts, average, spread, span_of=span_of, read=fill)
 
 
 def holding(

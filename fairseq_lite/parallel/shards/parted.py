@@ -7,7 +7,7 @@ So what a file holds does not depend on the number of ranks, and any number of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from fairseq_lite.parallel.shards.spans import (
     Span,
     check_optimized,
     parameter_names,
+    whole_span,
 )
 from fairseq_lite.parallel.shards.stored import Stored
 from fairseq_lite.parallel.world import World
@@ -141,6 +142,11 @@ def fill(
     return target.optimizer
 
 
+Read = Callable[
+    [World, Holding, PartReader, Fitting, "list[str] | None", "Spread | None"], "NamedState | None"
+]
+
+
 def load(
     world: World,
     model: nn.Module,
@@ -148,23 +154,29 @@ def load(
     parts: PartReader,
     average: Mapping[str, Tensor] | None = None,
     spread: Spread | None = None,
+    *,
+    span_of: held.SpanOf = whole_span,
+    read: Read = fill,
 ) -> None:
-    """Fill a model of plain tensors, its optimizer and its average; all ranks take part.
+    """Fill a model, its optimizer and its average; all ranks take part.
 
     Args:
         world: the ranks.
-        model: its shared tensors are whole on every rank, its experts' on their owners.
-        optimizer: None: its state is not wanted.
+        model: its shared tensors are whole on every rank, its experts' on their owners; else
+            `span_of` tells what this rank holds of them.
+        optimizer: laid out likewise; None: its state is not wanted.
         parts: the checkpoint.
-        average: tensors by the names of the model's state.
+        average: tensors by the names of the model's state, laid out likewise.
         spread: how the experts lie; None: the model has none.
+        span_of: what this rank holds of a tensor.
+        read: fills spans, as `fill` does.
 
     Raises:
         CheckpointError: on every rank, when a part is missing, damaged or does not fit.
     """
-    into = held.holding(model, None, average)
+    into = held.holding(model, None, average, span_of)
     names = None if optimizer is None else parameter_names(model, optimizer)
-    state = fill(world, into, parts, fitting_of(model), names, spread)
+    state = read(world, into, parts, fitting_of(model), names, spread)
     held.put_back(into.weights, model.state_dict())
     if into.average is not None and average is not None:
         held.put_back(into.average, average)
