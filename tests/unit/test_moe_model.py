@@ -23,7 +23,6 @@ from fairseq_lite.moe.layer import MoELayer
 from fairseq_lite.parallel.experts import placements
 from fairseq_lite.training.checkpoint import convert
 from fairseq_lite.training.checkpoint.parts import OWN_KEY
-from fairseq_lite.training.compilation import compile_layers
 from tests.helpers.generation import (
     PAD,
     make_language_model,
@@ -359,11 +358,9 @@ def test_layers_are_sharded_by_what_every_rank_has() -> None:
     assert model.layers_to_shard() == [model.decoder.layers[0]]
 
 
-def test_layers_without_experts_are_compiled() -> None:
+def test_layers_with_experts_are_compiled_too() -> None:
     model = make_model(**MOE)
-    assert model.layers_to_compile() == [model.encoder.layers[0], model.decoder.layers[0]]
-    with pytest.raises(ConfigError, match="--compile: every layer of the model has experts"):
-        compile_layers(make_model(moe_freq=1, moe_expert_count=2))
+    assert model.layers_to_compile() == [*model.encoder.layers, *model.decoder.layers]
 
 
 # -- configurations in checkpoints --------------------------------------------------------------
