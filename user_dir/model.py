@@ -260,6 +260,7 @@ class TransformerDSMoE(TransformerModel):
 
     losses: ClassVar[tuple[str, ...]] = (GATE_LOSS,)
     """The names of `get_losses`, known before there is a model."""
+    decoder_type = MoEDecoder
 
     @classmethod
     def check_run(cls, run: RunConfig, world_size: int) -> None:
@@ -285,19 +286,6 @@ class TransformerDSMoE(TransformerModel):
     @classmethod
     def build_encoder(cls, cfg: StackConfig, embed: Embedding, max_positions: int) -> MoEEncoder:
         return MoEEncoder(cfg, embed, max_positions)
-
-    @classmethod
-    def build_decoder(
-        cls,
-        cfg: StackConfig,
-        embed: Embedding,
-        max_positions: int,
-        num_tokens: int,
-        share_output: bool,
-    ) -> MoEDecoder:
-        return MoEDecoder(
-            cfg, embed, max_positions, num_tokens=num_tokens, share_output=share_output
-        )
 
     def get_losses(self, net_output: NetOutput) -> Mapping[str, Tensor]:
         """Losses beside the criterion's, of one batch.

@@ -278,6 +278,8 @@ class DecodingModel(Model):
     """What models that end in a transformer decoder share."""
 
     decoder: TransformerDecoder
+    decoder_type: ClassVar[type[TransformerDecoder]] = TransformerDecoder
+    """What `build_decoder` makes; an architecture with another one overrides this."""
 
     @classmethod
     def build_decoder(
@@ -288,8 +290,8 @@ class DecodingModel(Model):
         num_tokens: int,
         share_output: bool,
     ) -> TransformerDecoder:
-        """Make the decoder; an architecture with another one overrides this."""
-        return TransformerDecoder(
+        """Make the decoder."""
+        return cls.decoder_type(
             cfg, embed, max_positions, num_tokens=num_tokens, share_output=share_output
         )
 
