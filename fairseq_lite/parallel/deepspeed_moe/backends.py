@@ -13,22 +13,21 @@ precisions are not used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from fairseq_lite.parallel.api import M, OptimizerT, Part, PartReader, StatefulOptimizer
+from fairseq_lite.parallel.api import M, OptimizerT, PartReader, StatefulOptimizer
 from fairseq_lite.parallel.deepspeed_moe import comm
 from fairseq_lite.parallel.deepspeed_moe.partition import Partition
 from fairseq_lite.parallel.deepspeed_moe.settings import ZeroSettings
 from fairseq_lite.parallel.experts import ExpertLayout, expert_parameters
+from fairseq_lite.parallel.holding import HoldsParts
 from fairseq_lite.parallel.legacy_ddp import LegacyDDP
-from fairseq_lite.parallel.local import norm_of
-from fairseq_lite.parallel.shards import exchange, held, parted
-from fairseq_lite.parallel.shards.experts import Spread
+from fairseq_lite.parallel.shards import exchange, held
 from fairseq_lite.parallel.shards.fitting import fitting_of
 from fairseq_lite.parallel.shards.spans import (
     Holding,
@@ -79,7 +78,7 @@ class Replicated(LegacyDDP):
         return found
 
 
-class ZeroSharded(Replicated):
+class ZeroSharded(HoldsParts, Replicated):
     """ZeRO 1 and 2: each rank updates a piece of all parameters, and fetches the others' pieces.
 
     Gradients are reduced when a backward pass is over, at stage 1 once an update: in the middle of
@@ -128,36 +127,12 @@ class ZeroSharded(Replicated):
         if self.cfg.stage == 1:
             self.partition.reduce(last=True)
 
-    def grad_norm(self, model: nn.Module) -> Tensor:
+    def gradients(self, model: nn.Module) -> Iterable[Tensor]:
+        # Every number of every parameter lies in one piece, an expert's in one of its owners'.
         parts = (fragment.tensor for fragment in self.partition.fragments.values())
-        grads = (part.grad for part in parts if part.grad is not None)
-        # In float64, where the square of a float32 does not overflow. Every number of every
-        # parameter lies in one piece, an expert's in one of its owners', so the sum counts it once.
-        square = norm_of(grads, self.world.device).double().square()
-        return self.world.all_reduce(square).sqrt().float()
+        return (part.grad for part in parts if part.grad is not None)
 
     # -- checkpoints ----------------------------------------------------------------------------
-
-    def save_parts(
-        self,
-        model: nn.Module,
-        optimizer: StatefulOptimizer | None,
-        average: Mapping[str, Tensor] | None = None,
-    ) -> Mapping[str, Part]:
-        holds = self.holding(model, optimizer, average)
-        spread = Spread.of(model)
-        if spread is None:
-            return exchange.gather(self.world, holds)
-        return parted.expert_parts(self.world, holds, spread)
-
-    def crash_parts(
-        self,
-        model: nn.Module,
-        optimizer: StatefulOptimizer | None,
-        average: Mapping[str, Tensor] | None = None,
-    ) -> Mapping[str, Part]:
-        holds = self.holding(model, optimizer, average)
-        return exchange.shard(self.world, holds, Spread.of(model))
 
     def load_parts(
         self,
@@ -168,7 +143,7 @@ class ZeroSharded(Replicated):
     ) -> None:
         into = self.holding(model, None, average)
         names = None if optimizer is None else self._optimized
-        state = exchange.fill(self.world, into, parts, fitting_of(model), names, Spread.of(model))
+        state = exchange.fill(self.world, into, parts, fitting_of(model), names, self.spread(model))
         self.partition.gather()
         if optimizer is not None and state is not None:
             optimizer.load_state_dict(state.numbered())
