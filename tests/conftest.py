@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.helpers import warm
 from tests.helpers.commands import flite
 from tests.helpers.toy import preprocess_args, write_text
 
@@ -33,6 +34,20 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = write_text(folder / "text", {"train": 200, "valid": 20, "test": 20})
     assert flite("preprocess", *preprocess_args(text, folder / "data-bin")) == 0
     return folder / "data-bin"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_ranks() -> Iterator[None]:
+    """Ranks of tests need not import torch each."""
+    with warm.warm_ranks():
+        yield
+
+
+@pytest.fixture
+def cold_ranks() -> Iterator[None]:
+    """Ranks start as a user's do."""
+    with warm.cold_ranks():
+        yield
 
 
 @pytest.fixture(autouse=True)
