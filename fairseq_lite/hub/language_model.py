@@ -26,6 +26,12 @@ from fairseq_lite.tasks.api import to_device
 from fairseq_lite.tasks.language_modeling import LanguageModelingTask
 from fairseq_lite.training.checkpoint.inference import Ensemble
 
+# Tokens of the first round of outputs that a string may end; each later one is twice as long.
+_FIRST_ROUND = 32
+
+# Options of generation that count prompts, or ask for more than the best continuation of one.
+_USELESS = {"max_len_a", "max_len_b", "min_len", "nbest", "prefix_size", "score_reference"}
+
 
 @dataclasses.dataclass(frozen=True)
 class ScoredText:
@@ -276,6 +282,122 @@ class LanguageModel:
                     f"text {i} has {len(ids)} tokens and leaves no room: max_len_b={cfg.max_len_b}"
                     " counts them too; raise it"
                 )
+        generator, dataset = self._going_on(prompts, cfg, seed, start)
+        texts = Texts(self.dictionary, self.dictionary, decode=self._decode)
+        session = Session(generator, self._ensemble.models, texts, cfg, device=self.device)
+        with unchanging(self._ensemble.models):
+            found = generate_in_order(session, dataset, max_tokens=DEFAULT_MAX_TOKENS)
+        return [record for record, _ in found]
+
+    def complete(
+        self,
+        prompts: Sequence[npt.NDArray[np.int64]],
+        *,
+        until: Sequence[str] = (),
+        max_new_tokens: int = 256,
+        seed: int | None = None,
+        start: str | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """What comes behind prompts given as ids, up to the first of some strings.
+
+        Args:
+            prompts: ids without start and end symbols.
+            until: an output ends before the first of these; none of them is part of it.
+            max_new_tokens: of an output; the model's longest input may end it earlier.
+            seed: see `sample`.
+            start: see `score`.
+            options: see `sample`.
+
+        Returns:
+            For each prompt the text behind it, detokenised, as it would follow the prompt's.
+
+        Raises:
+            ConfigError: an option that does not exist, or a prompt longer than the model takes.
+        """
+        stops = [stop for stop in until if stop]
+        # The likeliest token does not depend on where a round ends; a drawn one would, and several
+        # outputs compete until their end.
+        greedy = options.get("beam", 1) == 1 and not options.get("sampling")
+        size = _FIRST_ROUND if greedy and stops else max_new_tokens
+        found: list[list[int]] = [[] for _ in prompts]
+        going, made = list(range(len(prompts))), 0
+        while going and made < max_new_tokens:
+            size = min(size, max_new_tokens - made)
+            rests = self.continue_tokens(
+                [np.append(prompts[i], np.array(found[i], dtype=np.int64)) for i in going],
+                max_new_tokens=size,
+                seed=seed,
+                start=start,
+                **options,
+            )
+            for i, rest in zip(going, rests, strict=True):
+                found[i] += rest
+            going = [
+                i
+                for i, rest in zip(going, rests, strict=True)
+                if len(rest) == size
+                and not any(s in self._behind_ids(prompts[i], found[i]) for s in stops)
+            ]
+            made, size = made + size, 2 * size
+        texts = [self._behind_ids(p, ids) for p, ids in zip(prompts, found, strict=True)]
+        return [_before(text, stops) for text in texts]
+
+    @torch.inference_mode()
+    def continue_tokens(
+        self,
+        prompts: Sequence[npt.NDArray[np.int64]],
+        *,
+        max_new_tokens: int,
+        seed: int | None = None,
+        start: str | None = None,
+        **options: Any,
+    ) -> list[list[int]]:
+        """Go on from ids: the likeliest tokens, or with sampling=True drawn ones.
+
+        Args:
+            prompts: ids without start and end symbols.
+            max_new_tokens: behind each prompt; the model's longest input may end it earlier.
+            seed: see `sample`.
+            start: see `score`.
+            options: see `sample`; lengths are those of the prompts and `max_new_tokens`.
+
+        Returns:
+            For each prompt the ids behind it, without the end symbol.
+
+        Raises:
+            ConfigError: an option that does not exist, or a prompt longer than the model takes.
+        """
+        for i, ids in enumerate(prompts):
+            self._check_length(i, len(ids))
+        for name in sorted(_USELESS.intersection(options)):
+            raise ConfigError(f"continue_tokens(): {name} has no use here; leave it out")
+        # A length counts the source, of which the start symbol is one.
+        lengths = {"max_len_a": 1.0, "max_len_b": max_new_tokens - 1}
+        cfg = generation_config({"beam": 1, "min_len": 0, **options, **lengths}, "continue_tokens")
+        generator, dataset = self._going_on(prompts, cfg, seed, start)
+        found: list[list[int]] = [[]] * len(prompts)
+        with unchanging(self._ensemble.models):
+            for batch in dataset.batches(max_tokens=DEFAULT_MAX_TOKENS):
+                sample = to_device(dataset.collate(batch), self.device)
+                results = generator.generate(sample)
+                for i, hypotheses in zip(sample["id"].tolist(), results, strict=True):
+                    tokens = hypotheses[0].tokens.tolist()[len(prompts[i]) :]
+                    found[i] = tokens[:-1] if tokens[-1:] == [generator.eos] else tokens
+        return found
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> str:
+        """The text of ids: the way back from `encode`, as far as there is one."""
+        return self._decode(self.dictionary.string(ids))
+
+    def _going_on(
+        self,
+        prompts: Sequence[npt.NDArray[np.int64]],
+        cfg: GenerationConfig,
+        seed: int | None,
+        start: str | None,
+    ) -> tuple[ContinuationGenerator, PromptDataset]:
+        """What goes on from prompts, and the prompts as it reads them."""
         first, pad = self._start(start), self.dictionary.pad()
         generator = ContinuationGenerator(
             self._ensemble.models,
@@ -284,12 +406,7 @@ class LanguageModel:
             start=first,
             seed=self._task.run.common.seed if seed is None else seed,
         )
-        texts = Texts(self.dictionary, self.dictionary, decode=self._decode)
-        session = Session(generator, self._ensemble.models, texts, cfg, device=self.device)
-        dataset = PromptDataset(prompts, start=first, end=pad, pad=pad)
-        with unchanging(self._ensemble.models):
-            found = generate_in_order(session, dataset, max_tokens=DEFAULT_MAX_TOKENS)
-        return [record for record, _ in found]
+        return generator, PromptDataset(prompts, start=first, end=pad, pad=pad)
 
     def _start(self, symbol: str | None) -> int:
         if symbol is None:
@@ -305,6 +422,11 @@ class LanguageModel:
                 " start symbol: cut the text"
             )
 
+    def _behind_ids(self, prompt: npt.NDArray[np.int64], ids: Sequence[int]) -> str:
+        """The text of ids behind a prompt's: a space between the two is part of it."""
+        head, whole = self.decode(prompt), self.decode([*prompt.tolist(), *ids])
+        return whole[len(head) :] if whole.startswith(head) else self.decode(ids)
+
     def _behind(self, line: str, output: Output) -> str:
         """What an output has behind its prefix."""
         pieces, given = output.text.split(" "), len(self._encode(line).split())
@@ -312,6 +434,11 @@ class LanguageModel:
         if output.detokenised.startswith(head):
             return output.detokenised[len(head) :]
         return self._decode(" ".join(pieces[given:]))
+
+
+def _before(text: str, stops: Sequence[str]) -> str:
+    """A text up to the first of some strings."""
+    return text[: min((text.index(stop) for stop in stops if stop in text), default=None)]
 
 
 def _shared(prompt: npt.NDArray[np.int64], whole: npt.NDArray[np.int64]) -> int:

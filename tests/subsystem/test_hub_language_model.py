@@ -8,11 +8,13 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 
 from fairseq_lite import hub
 from fairseq_lite.errors import ConfigError
+from fairseq_lite.hub import language_model
 from tests.helpers.commands import flite
 
 WORDS = "the old man went down to sea and saw a ship with white sails far out on water".split()
@@ -143,6 +145,43 @@ def test_records_hold_scores_and_nbest(model):
     best = model.score(record.outputs[0].detokenised, end=True)
     if best.tokens[:-1] == record.outputs[0].text.split():  # not cut anew into other pieces
         assert best.total / math.log(2) / len(best.tokens) == pytest.approx(scores[0], abs=1e-4)
+
+
+def test_completions_of_ids(model, monkeypatch):
+    texts = ["the old man", "", "white sails on the"]
+    prompts = [model.encode(text) for text in texts]
+    # What ends an output by itself is a symbol that none has: outputs are long.
+    options = {"max_new_tokens": 24, "eos_token": "<unk>"}
+    whole = model.complete(prompts, **options)
+    ids = model.continue_tokens(prompts, **options)
+    assert [model.decode(i).strip() for i in ids] == [text.strip() for text in whole]
+    longest = 24 + len(prompts[0])
+    assert whole[0] == model.sample(texts[0], echo=False, max_len_b=longest, eos_token="<unk>")
+    # A string ends an output early, and what it is does not depend on the rounds this takes.
+    for stop in (". a", "a", "."):
+        expected = [text.split(stop)[0] for text in whole]
+        assert expected != whole
+        for first in (1, 3, 32):
+            monkeypatch.setattr(language_model, "_FIRST_ROUND", first)
+            assert model.complete(prompts, until=["", stop], **options) == expected
+    drawn = {"sampling": True, "seed": 5, **options}
+    assert [t.split("a")[0] for t in model.complete(prompts, **drawn)] == model.complete(
+        prompts, until=["a"], **drawn
+    )
+    words = model.complete(prompts[:1] * 16, **{**drawn, "max_new_tokens": 2})
+    assert any(text.startswith(" ") for text in words)  # as it follows the prompt's
+    # The model's longest input ends an output, and so does the end symbol, which is no part of it.
+    (long,) = model.continue_tokens([np.tile(prompts[0], 40)[:60]], **options)
+    assert len(long) == 63 - 60
+    ended = model.continue_tokens(prompts, max_new_tokens=24)
+    assert all(len(found) < 24 and model.dictionary.eos() not in found for found in ended)
+    texts = [text.strip() for text in model.complete(prompts, until=["zzz"], max_new_tokens=24)]
+    assert texts == [model.decode(found).strip() for found in ended]
+    assert model.complete(prompts[:1], max_new_tokens=0) == [""] and model.complete([]) == []
+    with pytest.raises(ConfigError, match="max_len_b has no use here"):
+        model.complete(prompts, max_len_b=3)
+    with pytest.raises(ConfigError, match="the model takes 63"):
+        model.complete([np.tile(prompts[0], 40)[:64]])
 
 
 def test_interactive_reads_plain_text(model, moved, data, tmp_path, capfd):
