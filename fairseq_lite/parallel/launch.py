@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined, unused-ignore]
 
-from fairseq_lite.config.core import RunConfig
+from fairseq_lite.config.core import DistributedTrainingConfig, RunConfig
 from fairseq_lite.errors import DistributedError
 from fairseq_lite.parallel import meeting, network, watchdog
 from fairseq_lite.parallel.api import Machine
@@ -60,12 +60,45 @@ def launch(
         DistributedError: a rank died or froze; the message names it. All others have ended.
         FliteError: what a rank raised.
     """
-    found = plan(
+    launch_for(
         run.distributed_training,
+        fn,
+        run,
+        command=run.command,
         cpu=run.common.cpu,
-        machine=Machine.here(),
+        setup=setup,
+        user_dir=run.common.user_dir,
         if_asked=if_asked,
     )
+
+
+def launch_for(
+    cfg: DistributedTrainingConfig,
+    fn: Callable[[R, World], None],
+    run: R,
+    *,
+    command: str,
+    cpu: bool = False,
+    setup: Callable[[], object] | None = None,
+    user_dir: str | None = None,
+    if_asked: bool = False,
+) -> None:
+    """As `launch`, for a program whose configuration is not a `RunConfig`.
+
+    Args:
+        cfg: the distributed flags.
+        fn: as for `launch`.
+        run: the first argument of `fn`; it can be pickled.
+        command: what the program is called, in messages.
+        cpu: no GPU is to be used.
+        setup: as for `launch`.
+        user_dir: the plugin that `run` needs.
+        if_asked: see `plan`.
+
+    Raises:
+        FliteError: as for `launch`.
+    """
+    found = plan(cfg, cpu=cpu, machine=Machine.here(), if_asked=if_asked)
     if found.size == 1:
         world = SingleWorld(_device(found, 0))
         try:
@@ -73,9 +106,9 @@ def launch(
         finally:
             world.close()
     elif found.spawn:
-        spawn(found, fn, run, setup=setup, user_dir=run.common.user_dir)
+        spawn(found, fn, run, setup=setup, user_dir=user_dir)
     else:
-        _be_the_rank(found, fn, run)
+        _be_the_rank(found, fn, run, command)
 
 
 def spawn(
@@ -137,11 +170,11 @@ def _child_rank(me: Rank, found: Plan, setup: bytes, user_dir: str | None, paylo
         fn(run, world)
 
 
-def _be_the_rank(found: Plan, fn: Callable[[RunConfig, World], None], run: RunConfig) -> None:
+def _be_the_rank(found: Plan, fn: Callable[[R, World], None], run: R, command: str) -> None:
     """Be one rank of a world that a launcher made."""
 
     def on_death(reason: str) -> None:
-        print(f"{run.command}: error: {reason}", file=sys.stderr, flush=True)
+        print(f"{command}: error: {reason}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)
 

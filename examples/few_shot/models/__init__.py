@@ -1,0 +1,1 @@
+"""Models: what answers requests to score and to generate."""

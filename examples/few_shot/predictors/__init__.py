@@ -1,0 +1,1 @@
+"""Predictors: from samples and shots to predictions."""

@@ -1,0 +1,129 @@
+"""Which samples are shots: a function of seed, trial and task, of nothing else.
+
+The pool is put in one random order; k shots are the first k of it, so those of a smaller k are
+among those of a larger one. The sample that is asked about is never among its own shots: where it
+would be, the next of the order takes its place.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from examples.few_shot.samples import FewShotSample
+from fairseq_lite.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def order(size: int, *, seed: int, trial: int, task: str) -> list[int]:
+    """A random order of `size` samples, the same on every machine."""
+    digest = hashlib.sha256(f"{seed}/{trial}/{task}".encode()).digest()
+    generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big")))
+    return [int(i) for i in generator.permutation(size)]
+
+
+@dataclass(frozen=True)
+class Shots:
+    """The shots of a trial.
+
+    Args:
+        ranked: the pool in the order of the trial.
+        k: how many are taken.
+        leak: a sample may be its own shot.
+        uniform: as many of each class.
+        keep_order: shots stand in the order of the file.
+    """
+
+    pool: Sequence[FewShotSample]
+    ranked: tuple[int, ...]
+    k: int
+    leak: bool = False
+    uniform: bool = False
+    keep_order: bool = False
+
+    def of(self, sample: FewShotSample) -> list[FewShotSample]:
+        """The shots of a sample, in the order in which they stand in its prompt."""
+        free = [
+            i for i in self.ranked if self.leak or self.pool[i].identity != sample.identity
+        ] if self._has(sample) else self.ranked  # fmt: skip
+        taken = self._per_class(free) if self.uniform else list(free[: self.k])
+        return [self.pool[i] for i in (sorted(taken) if self.keep_order else taken)]
+
+    def _has(self, sample: FewShotSample) -> bool:
+        """Whether the order has to be looked through for a sample."""
+        return not self.leak and sample.identity in self._identities
+
+    @functools.cached_property
+    def _identities(self) -> frozenset[str]:
+        return frozenset(each.identity for each in self.pool)
+
+    def _per_class(self, free: Sequence[int]) -> list[int]:
+        """The first of each class in turn: classes alternate in the prompt."""
+        classes: dict[str, list[int]] = {}
+        for i in free:
+            classes.setdefault(self.pool[i].correct[0], []).append(i)
+        each = self.k // len(classes)
+        short = sorted(name for name, members in classes.items() if len(members) < each)
+        if short:
+            raise ConfigError(
+                f"--uniform-sampling: class {short[0]!r} has {len(classes[short[0]])} samples for"
+                f" {each} shots; ask for fewer shots"
+            )
+        names = sorted(classes)
+        return [classes[name][i] for i in range(each) for name in names]
+
+
+def draw(
+    pool: Sequence[FewShotSample],
+    k: int,
+    *,
+    seed: int,
+    trial: int,
+    task: str,
+    uniform: bool = False,
+    leak: bool = False,
+    keep_order: bool = False,
+) -> Shots:
+    """The shots of a trial.
+
+    Args:
+        pool: the samples to draw from.
+        k: how many; no more than there are.
+        seed: `--seed`.
+        trial: its number.
+        task: the task's name.
+        uniform: as many of each class, `--uniform-sampling`.
+        leak: a sample may be its own shot, `--allow-test-shots`.
+        keep_order: shots stand in the order of the file, `--no-shuffle-examples`.
+
+    Raises:
+        ConfigError: `uniform` for samples without one class, or k is no multiple of their number.
+    """
+    if uniform and k:
+        if any(len(each.correct) != 1 or not each.candidates for each in pool):
+            raise ConfigError(
+                f"--uniform-sampling: samples of {task} do not have one class each; leave it out"
+            )
+        classes = {each.correct[0] for each in pool}
+        if k % len(classes):
+            raise ConfigError(
+                f"--uniform-sampling: {k} shots are no multiple of the {len(classes)} classes of"
+                f" {task}"
+            )
+    most = len(pool) if leak else max(len(pool) - 1, 0)
+    if k > len(pool):
+        logger.warning("%s: %d shots asked for, %d samples to draw from", task, k, most)
+    return Shots(
+        pool,
+        tuple(order(len(pool), seed=seed, trial=trial, task=task)),
+        k,
+        leak,
+        uniform and k > 0,
+        keep_order,
+    )

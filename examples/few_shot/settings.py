@@ -1,0 +1,540 @@
+"""What an evaluation is told, and which evaluations a command line means.
+
+`plan` is a pure function of words and values: it reads no data, loads no model and imports no
+torch. Scheduling asks it what a job would write before the job exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from examples.few_shot import calibration
+from examples.few_shot.builtins import load_builtins
+from examples.few_shot.predictors.api import PREDICTORS
+from examples.few_shot.scoring import SCORINGS
+from examples.few_shot.tasks.api import GROUPS, TASKS, task_names
+from examples.few_shot.templates.api import TEMPLATES
+from fairseq_lite.config.flags import coerce, default_of, flag
+from fairseq_lite.errors import ConfigError
+
+NO_CALIBRATION = None
+Names = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """The flags of `gpt3_eval` that hold for all tasks."""
+
+    predictor_name: str = flag("clmprompting", "who answers")
+    calibrator_name: str | None = flag(
+        None, "calibrate scores by copies without content", choices=("average_option",)
+    )
+    data_dir: str | None = flag(None, "the folder of the tasks' files (default: $FSD)")
+    results_dir: str | None = flag(None, "where results go (default: few_shot_MODEL_results)")
+    predictions_dump_dir: str | None = flag(
+        None, "where predictions go (default: beside the results)"
+    )
+    add_prompt_to_meta: bool = flag(False, "keep prompts in the predictions")
+    add_calib_to_meta: bool = flag(False, "keep the scores of every calibration option")
+    add_positional_scores_to_meta: bool = flag(False, "keep the scores of whole prompts by token")
+    add_prompt_tokens_to_meta: bool = flag(False, "keep the tokens of prompts")
+    scoring: str = flag("sum", "from scores of tokens to that of a candidate", choices=SCORINGS)
+    n_eval_samples: int | None = flag(
+        None, "evaluate the first N samples; 0 for all", aliases=("--n",)
+    )
+    confusion_matrix: bool = flag(False, "print which answers were given for which, in percent")
+    batch_size: int | None = flag(None, "no more prompts at a time; results do not depend on it")
+    uniform_sampling: bool = flag(False, "as many shots of each class")
+    beam_size: int = flag(1, "of written answers; tokens that a ranking lists")
+    num_trials: int = flag(5, "trials with other shots, where there are shots")
+    seed: int = flag(0, "of the first trial; each further one has the next")
+    moe_eval_capacity_token_fraction: float | None = flag(
+        None, "an expert's capacity, as a part of the tokens; default: no token is dropped",
+        aliases=("--cap",),
+    )  # fmt: skip
+    truncate_few_shot_samples_globally: bool = flag(
+        False, "as many shots for all samples as fit the longest"
+    )
+    max_positions: int | None = flag(
+        None, "tokens of a prompt with its answer (default: the model's; 0: --max-tokens)"
+    )
+    num_training_updates: int = flag(-1, "take the checkpoint of this update")
+    no_shuffle_examples: bool = flag(False, "shots stand in the order of their file")
+    allow_test_shots: bool = flag(False, "a sample may be among its own shots")
+    replace_newline_with_eos: bool = flag(
+        False, "every line break is the end symbol; empty lines go"
+    )
+    train_sep: str = flag(" ", r"between shots; \n for a line break")
+    skip_completed: bool = flag(False, "leave out evaluations that have complete results")
+    recalc_metrics_from_predictions: bool = flag(
+        False, "compute metrics of finished evaluations anew from their predictions"
+    )
+    any_train_set: str | None = flag(None, "where shots come from, for tasks that do not say")
+    any_valid_set: str | None = flag(None, "as --TASK-valid-set, for tasks that do not say")
+    any_train_lang: str | None = flag(None, "the language of shots, for tasks that do not say")
+    any_valid_lang: str | None = flag(None, "as --TASK-valid-lang, for tasks that do not say")
+    max_tokens: int | None = flag(
+        None, "tokens computed at a time, padding included (default: chosen by the model)"
+    )
+    skip_context_scores: bool = flag(
+        False, "do not score the tokens of prompts: faster; perplexities of whole prompts are left"
+        " out and sum begins where candidates differ",
+    )  # fmt: skip
+    fsdp: bool = flag(False, "spread weights over the processes")
+    fp16: bool = flag(False, "compute in float16 (CUDA)")
+    bf16: bool = flag(False, "compute in bfloat16")
+    cpu: bool = flag(False, "use no GPU")
+    distributed_world_size: int = flag(1, "processes")
+    distributed_port: int | None = flag(None, "where they meet under Slurm")
+    user_dir: str | None = flag(None, "a folder of plugins: architectures, tasks, templates")
+    debug: bool = flag(False, "show tracebacks of users' errors, too")
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("num_trials", 1),
+            ("beam_size", 1),
+            ("n_eval_samples", 0),
+            ("max_positions", 0),
+            ("max_tokens", 1),
+            ("batch_size", 1),
+            ("distributed_world_size", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                flag_name = name.replace("_", "-")
+                raise ConfigError(f"--{flag_name} {value}: expected {least} or more")
+        if self.fp16 and self.bf16:
+            raise ConfigError("--fp16 --bf16: choose one")
+        if self.predictor_name not in PREDICTORS:
+            PREDICTORS.get(self.predictor_name)
+
+    @property
+    def separator(self) -> str:
+        """Between shots."""
+        return self.train_sep.replace("\\n", "\n").replace("\\t", "\t")
+
+
+# What changes no number, or is part of an evaluation's own settings.
+_NO_SETTING = {
+    "data_dir", "results_dir", "predictions_dump_dir", "add_prompt_to_meta", "add_calib_to_meta",
+    "add_positional_scores_to_meta", "add_prompt_tokens_to_meta", "confusion_matrix", "batch_size",
+    "max_tokens", "skip_completed", "recalc_metrics_from_predictions", "any_train_set",
+    "any_valid_set", "any_train_lang", "any_valid_lang", "distributed_world_size", "fsdp", "cpu",
+    "distributed_port", "user_dir", "debug", "num_trials", "seed",
+}  # fmt: skip
+
+LISTS = ("tasks", "nb_few_shot_samples_values", "any_eval_set", "any_languages")
+DEFAULT_SHOTS = (0, 1, 32)
+
+# Of each task: suffix of the flag, whether it takes several values, what it says.
+TASK_FLAGS: Mapping[str, tuple[bool, str]] = {
+    "template": (True, "templates, each an evaluation"),
+    "train_set": (False, "where shots come from: a set or a file"),
+    "valid_set": (False, "whose answers --predictor-name majorityclass counts: a set or a file"),
+    "eval_set": (True, "what is evaluated: sets or files, each an evaluation"),
+    "calibration_options": (True, "see --calibrator-name: field::value, several between bars"),
+    "languages": (True, "languages, each an evaluation"),
+    "train_lang": (False, "the language of shots"),
+    "valid_lang": (False, "the language of --valid-set"),
+}
+
+
+@dataclass(frozen=True)
+class PlannedEvaluation:
+    """One evaluation, and where it goes.
+
+    Attributes:
+        model: name or path, as given.
+        task, template, language, eval_set, train_set, train_lang, valid_set, valid_lang: of it.
+        k: number of shots.
+        seeds: one for each trial.
+        calibration_options: see `calibration.py`.
+        task_options, template_options: values of their own flags.
+        options: the flags for all tasks.
+        settings: everything that its numbers depend on, as plain values.
+        prefix: how its files begin.
+        results_file: its results.
+        prediction_files: its predictions, one a trial.
+    """
+
+    model: str
+    task: str
+    template: str
+    language: str | None
+    eval_set: str
+    train_set: str | None
+    train_lang: str | None
+    valid_set: str | None
+    valid_lang: str | None
+    k: int
+    seeds: tuple[int, ...]
+    calibration_options: Names
+    task_options: Any
+    template_options: Any
+    options: EvaluationOptions
+    settings: Mapping[str, Any]
+    prefix: str
+    results_file: Path
+    prediction_files: tuple[Path, ...]
+
+    @property
+    def settings_hash(self) -> str:
+        """A digest of the settings; part of the names of files."""
+        return digest(self.settings)
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits that differ where settings do."""
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def plan(model_name: str, **given: Any) -> list[PlannedEvaluation]:
+    """The evaluations that values mean: task, template, language, set, shots, in this order.
+
+    Args:
+        model_name: a name of `model_configs`, or a path.
+        given: destinations of flags and their values.
+
+    Raises:
+        ConfigError: an unknown task, template or option, or values that contradict each other.
+    """
+    load_builtins()
+    given = {name: value for name, value in given.items() if value is not None}
+    names = task_names(as_names(given.get("tasks", ()), "tasks"))
+    if not names:
+        raise ConfigError("--tasks is needed: names of tasks or groups; --list-tasks prints them")
+    options = _general(given)
+    per_task, rest = _split(given, names)
+    found = [
+        each
+        for name in names
+        for each in _plan_task(model_name, name, options, per_task.get(name, {}), given, rest)
+    ]
+    _all_used(rest, names, per_task)
+    paths = [each.results_file for each in found]
+    if len(set(paths)) < len(paths):
+        raise ConfigError(f"{_twice(paths)} would be written twice: leave a value out")
+    return found
+
+
+def as_names(value: Any, what: str) -> Names:
+    """A word or several as a tuple; RB of the original: a word was taken apart into letters.
+
+    Raises:
+        ConfigError: something else.
+    """
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, Iterable) and not isinstance(value, (Mapping, bytes)):
+        found = tuple(value)
+        if all(isinstance(each, str) for each in found):
+            return found
+    raise ConfigError(f"{what}: expected a name or a list of names, found {value!r}")
+
+
+def _general(given: Mapping[str, Any]) -> EvaluationOptions:
+    values = {
+        field.name: coerce(EvaluationOptions, field.name, given[field.name], "options")
+        for field in dataclasses.fields(EvaluationOptions)
+        if field.name in given
+    }
+    options = EvaluationOptions(**values)
+    for field in dataclasses.fields(EvaluationOptions):
+        choices = field.metadata["flag"].choices
+        value = getattr(options, field.name)
+        if choices is not None and value is not None and value not in choices:
+            name = field.name.replace("_", "-")
+            raise ConfigError(f"--{name} {value}: expected one of {', '.join(choices)}")
+    return options
+
+
+def _split(
+    given: Mapping[str, Any], names: Iterable[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """What is said of single tasks, and the options of tasks and templates."""
+    general = {field.name for field in dataclasses.fields(EvaluationOptions)} | set(LISTS)
+    per_task: dict[str, dict[str, Any]] = {}
+    rest: dict[str, Any] = {}
+    chosen = set(names)
+    for key, value in given.items():
+        if key in general:
+            continue
+        owner = _owner(key)
+        if owner is None:
+            rest[key] = value
+        elif owner[0] not in chosen:
+            flag_name = key.replace("_", "-")
+            raise ConfigError(f"--{flag_name}: {owner[0]} is not among --tasks; leave it out")
+        else:
+            per_task.setdefault(owner[0], {})[owner[1]] = value
+    return per_task, rest
+
+
+# Other spellings of the suffixes, as the seeds have them.
+_ALIASES = {"language": "languages", "templates": "template", "eval_sets": "eval_set"}
+
+
+def _owner(key: str) -> tuple[str, str] | None:
+    """The task and the suffix of a task's flag."""
+    for suffix in sorted({*TASK_FLAGS, *_ALIASES}, key=len, reverse=True):
+        if key.endswith("_" + suffix):
+            name = key[: -len(suffix) - 1]
+            if name in TASKS:
+                return name, _ALIASES.get(suffix, suffix)
+    return None
+
+
+def _plan_task(
+    model: str,
+    name: str,
+    options: EvaluationOptions,
+    said: Mapping[str, Any],
+    given: Mapping[str, Any],
+    rest: dict[str, Any],
+) -> list[PlannedEvaluation]:
+    entry = TASKS.get(name)
+    kind = entry.factory
+    templates = as_names(said.get("template", kind.template), f"{name}_template")
+    sets = as_names(
+        said.get("eval_set", given.get("any_eval_set", kind.eval_set)), f"{name}_eval_set"
+    )
+    languages: tuple[str | None, ...] = (None,)
+    if kind.languages:
+        languages = as_names(
+            said.get("languages", given.get("any_languages", kind.languages)), f"{name}_languages"
+        )
+        for language in languages:
+            _check_language(name, kind, language)
+    elif "languages" in said:
+        raise ConfigError(f"--{name}-languages: {name} is in one language; leave it out")
+    values = given.get("nb_few_shot_samples_values", DEFAULT_SHOTS)
+    if isinstance(values, int):
+        values = (values,)
+    if not values or not all(isinstance(k, int) and k >= 0 for k in values):
+        raise ConfigError(f"--nb-few-shot-samples-values {values}: expected numbers from 0 on")
+    found = []
+    for template in templates:
+        entry_t = TEMPLATES.get(template)
+        for language in languages:
+            for eval_set in sets:
+                for k in dict.fromkeys(values):
+                    found.append(
+                        _evaluation(
+                            model,
+                            name,
+                            template,
+                            language,
+                            eval_set,
+                            k,
+                            options,
+                            said,
+                            _own(entry, rest),
+                            _own(entry_t, rest),
+                        )  # fmt: skip
+                    )
+    return found
+
+
+def _evaluation(
+    model: str,
+    name: str,
+    template: str,
+    language: str | None,
+    eval_set: str,
+    k: int,
+    options: EvaluationOptions,
+    said: Mapping[str, Any],
+    task_options: Any,
+    template_options: Any,
+) -> PlannedEvaluation:
+    kind = TASKS.get(name).factory
+    if kind.max_shots is not None and k > kind.max_shots:
+        raise ConfigError(
+            f"--nb-few-shot-samples-values {k}: {name} takes {kind.max_shots or 'no'} shots"
+        )
+    train_set = said.get("train_set", options.any_train_set or kind.train_set)
+    if k and train_set is None:
+        raise ConfigError(
+            f"{name} has no training set: say --{name}-train-set SET_OR_FILE, or ask for 0 shots"
+        )
+    train_lang = valid_lang = None
+    if kind.languages:
+        train_lang = said.get("train_lang", options.any_train_lang or language)
+        _check_language(name, kind, train_lang)
+    elif "train_lang" in said or "valid_lang" in said:
+        raise ConfigError(f"--{name}-train-lang: {name} is in one language; leave it out")
+    valid_set = said.get("valid_set", options.any_valid_set)
+    if valid_set is not None:
+        if options.predictor_name not in ("majorityclass", "majority"):
+            raise ConfigError(
+                f"--{name.replace('_', '-')}-valid-set: only --predictor-name majorityclass reads"
+                " it; leave it out"
+            )
+        if kind.languages:
+            valid_lang = said.get("valid_lang", options.any_valid_lang or language)
+            _check_language(name, kind, valid_lang)
+    calibrations = _calibrations(name, options, said)
+    seeds = tuple(options.seed + i for i in range(options.num_trials if k else 1))
+    settings = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(EvaluationOptions)
+        if field.name not in _NO_SETTING
+    } | {
+        "model_name": model,
+        "task": name,
+        "template": template,
+        "language": language,
+        "eval_set": eval_set,
+        "train_set": train_set if k else None,
+        "train_lang": train_lang if k else None,
+        "valid_set": valid_set,
+        "valid_lang": valid_lang,
+        "nb_few_shot_samples": k,
+        "seeds": list(seeds),
+        "n_eval_samples": options.n_eval_samples or None,
+        "max_positions": _max_positions(options),
+        "train_sep": options.separator,
+        "calibration_options": list(calibrations),
+        "task_options": _plain(task_options),
+        "template_options": _plain(template_options),
+    }
+    parts = [
+        f"task.{name}",
+        f"tmp.{template}",
+        _part("train", settings["train_set"], settings["train_lang"]),
+        _part("val", valid_set, valid_lang),
+        _part("eval", eval_set, language),
+        f"calib.{options.calibrator_name}" if options.calibrator_name else None,
+        f"sco.{options.scoring}",
+        f"fs{k}",
+    ]
+    prefix = _shortened("_".join(filter(None, parts)), digest(settings))
+    results = Path(options.results_dir or f"few_shot_{safe(model)}_results")
+    dump = Path(options.predictions_dump_dir or results)
+    return PlannedEvaluation(
+        model, name, template, language, eval_set, settings["train_set"], settings["train_lang"],
+        valid_set, valid_lang, k, seeds, calibrations, task_options, template_options, options,
+        settings, prefix, results / f"{prefix}_results.json",
+        tuple(dump / f"{prefix}_seed{seed}_predictions.jsonl" for seed in seeds),
+    )  # fmt: skip
+
+
+def _max_positions(options: EvaluationOptions) -> int | None:
+    """`--max-positions`; 0 stands for `--max-tokens`."""
+    if options.max_positions != 0:
+        return options.max_positions
+    if options.max_tokens is None:
+        raise ConfigError("--max-positions 0 stands for --max-tokens: give that, too")
+    return options.max_tokens
+
+
+def _calibrations(name: str, options: EvaluationOptions, said: Mapping[str, Any]) -> Names:
+    found = as_names(said.get("calibration_options", ()), f"{name}_calibration_options")
+    if found and options.calibrator_name is None:
+        raise ConfigError(
+            f"--{name}-calibration-options: say --calibrator-name {calibration.AVERAGE_OPTION}, too"
+        )
+    if options.calibrator_name is not None and not found:
+        raise ConfigError(
+            f"--calibrator-name {options.calibrator_name}: {name} needs"
+            f" --{name}-calibration-options, for example 'question::'"
+        )
+    for option in found:
+        calibration.replacements(option)
+    return found
+
+
+def _check_language(name: str, kind: Any, language: str | None) -> None:
+    if language not in kind.languages:
+        raise ConfigError(f"{name}: no language {language!r}; it has {', '.join(kind.languages)}")
+
+
+def _own(entry: Any, rest: Mapping[str, Any]) -> Any:
+    """The configuration of a task or a template."""
+    fields = {field.name for field in dataclasses.fields(entry.config)}
+    values = dict(entry.overrides) | {
+        key: coerce(entry.config, key, value, entry.name)
+        for key, value in rest.items()
+        if key in fields
+    }
+    for field in dataclasses.fields(entry.config):
+        info = field.metadata.get("flag")
+        if info is not None and info.choices and field.name in values:
+            if values[field.name] not in info.choices:
+                raise ConfigError(
+                    f"--{field.name.replace('_', '-')} {values[field.name]}: expected one of"
+                    f" {', '.join(info.choices)}"
+                )
+    return entry.config(**values)
+
+
+def _all_used(
+    rest: Mapping[str, Any], names: Iterable[str], per_task: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Refuse options that nobody has."""
+    entries = [TASKS.get(name) for name in names]
+    entries += [
+        TEMPLATES.get(template)
+        for name in names
+        for template in as_names(
+            per_task.get(name, {}).get("template", TASKS.get(name).factory.template), "template"
+        )
+    ]
+    known = {field.name for entry in entries for field in dataclasses.fields(entry.config)}
+    for key in rest:
+        if key not in known:
+            everything = {
+                *known, *LISTS, *(f.name for f in dataclasses.fields(EvaluationOptions)),
+                *(f"{name}_{suffix}" for name in names for suffix in TASK_FLAGS),
+            }  # fmt: skip
+            near = difflib.get_close_matches(key, everything, n=1)
+            hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
+            raise ConfigError(
+                f"--{key.replace('_', '-')}: no option of these tasks and templates{hint}"
+            )
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
+
+
+def _part(kind: str, set_name: str | None, language: str | None) -> str | None:
+    """A set's part of a file name; of a file its name."""
+    if set_name is None:
+        return None
+    name = safe(Path(set_name).name) if "/" in set_name else safe(set_name)
+    return ".".join(filter(None, [kind, name, language]))
+
+
+def _shortened(prefix: str, code: str, most: int = 180) -> str:
+    """A file name that systems take; the digest tells long ones apart."""
+    return f"{prefix[:most]}_{code}"
+
+
+def safe(text: str) -> str:
+    """A name or path as a part of a file name."""
+    return re.sub(r"[^A-Za-z0-9._=+-]+", "_", text.strip("/")).strip("._") or "model"
+
+
+def _twice(paths: list[Path]) -> Path:
+    return next(path for path in paths if paths.count(path) > 1)
+
+
+def default_options() -> dict[str, Any]:
+    """Every flag for all tasks with its default."""
+    return {f.name: default_of(f) for f in dataclasses.fields(EvaluationOptions)}
+
+
+def groups() -> Mapping[str, Names]:
+    """The task groups."""
+    load_builtins()
+    return GROUPS
