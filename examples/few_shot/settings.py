@@ -339,7 +339,7 @@ def _plan_task(
                             said,
                             _own(entry, rest),
                             _own(entry_t, rest),
-                        )  # fmt: skip
+                        )
                     )
     return found
 
@@ -468,12 +468,12 @@ def _own(entry: Any, rest: Mapping[str, Any]) -> Any:
     }
     for field in dataclasses.fields(entry.config):
         info = field.metadata.get("flag")
-        if info is not None and info.choices and field.name in values:
-            if values[field.name] not in info.choices:
-                raise ConfigError(
-                    f"--{field.name.replace('_', '-')} {values[field.name]}: expected one of"
-                    f" {', '.join(info.choices)}"
-                )
+        allowed = None if info is None else info.choices
+        if allowed and values.get(field.name, allowed[0]) not in allowed:
+            raise ConfigError(
+                f"--{field.name.replace('_', '-')} {values[field.name]}: expected one of"
+                f" {', '.join(allowed)}"
+            )
     return entry.config(**values)
 
 

@@ -1,0 +1,311 @@
+"""Running evaluations: trials, their predictions, and the results over all of them.
+
+A trial's predictions are written when it ends, an evaluation's results when its trials have. Both
+appear whole or not at all, so whatever is interrupted goes on with the first trial that is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import fairseq_lite
+from examples.few_shot import results, sampling
+from examples.few_shot.confusion import confusion_lines
+from examples.few_shot.files import data_root
+from examples.few_shot.metrics.api import Metric, build_metric
+from examples.few_shot.models.api import Model
+from examples.few_shot.predictors.api import (
+    PREDICTORS,
+    Prediction,
+    Predictor,
+    PredictorOptions,
+    Trial,
+)
+from examples.few_shot.samples import FewShotSample
+from examples.few_shot.settings import PlannedEvaluation
+from examples.few_shot.statistics import over_trials
+from examples.few_shot.tasks.api import FewShotTask, build_task
+from examples.few_shot.templates.api import FewShotTemplate, build_template
+from fairseq_lite.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+# Metrics of every task, beside its own.
+COMMON_METRICS = ("candidate_ppl", "gold_answer_ppl")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its place.
+
+    Attributes:
+        number: of its sample, and of the subproblem behind a dot.
+        sample: the question.
+        parent: the sample it belongs to.
+    """
+
+    number: str
+    sample: FewShotSample
+    parent: FewShotSample
+
+
+class Evaluation:
+    """One evaluation, from its data files to its results.
+
+    Args:
+        planned: which.
+        model: what is evaluated; None where the predictor needs none.
+        is_main: whether this process writes.
+
+    Raises:
+        DataError: a data file is missing or damaged.
+    """
+
+    def __init__(
+        self, planned: PlannedEvaluation, model: Model | None, *, is_main: bool = True
+    ) -> None:
+        self.planned = planned
+        self.model = model
+        self.is_main = is_main
+        options = planned.options
+        root = data_root(options.data_dir)
+        self.task: FewShotTask = build_task(
+            planned.task, planned.task_options, language=planned.language, data_dir=root
+        )
+        self.template: FewShotTemplate = build_template(
+            planned.template,
+            planned.template_options,
+            sep=options.separator,
+            language=planned.language,
+        )
+        self.samples = self._eval_samples()
+        self.pool = self._pool(root)
+        self.questions = [
+            Question(f"{i}.{j}" if sample.subproblems else str(i), question, sample)
+            for i, sample in enumerate(self.samples)
+            for j, question in enumerate(sample.problems())
+        ]
+        self.metrics = [build_metric(name) for name in (*self.task.metrics, *COMMON_METRICS)]
+
+    def _eval_samples(self) -> Sequence[FewShotSample]:
+        found = self.task.samples(self.planned.eval_set)
+        return found[: self.planned.options.n_eval_samples or None]
+
+    def _pool(self, root: Path) -> Sequence[FewShotSample]:
+        """What shots are drawn from: in another language where --TASK-train-lang says so."""
+        planned = self.planned
+        if not planned.k or planned.train_set is None:
+            return ()
+        task = build_task(
+            planned.task, planned.task_options, language=planned.train_lang, data_dir=root
+        )
+        return task.samples(planned.train_set)
+
+    def run(self) -> dict[str, Any]:
+        """Evaluate, and write what comes out; trials that are there already are read."""
+        began = time.time()
+        trials = []
+        for trial, (seed, path) in enumerate(
+            zip(self.planned.seeds, self.planned.prediction_files, strict=True)
+        ):
+            rows, seconds = self._rows(trial, seed, path)
+            predictions = results.predictions_of(rows, [q.sample for q in self.questions], path)
+            trials.append((predictions, seconds))
+        found = self.results(trials, began)
+        if self.is_main:
+            results.write_results(self.planned.results_file, found)
+            if self.planned.options.confusion_matrix:
+                for line in confusion_lines(trials[0][0]):
+                    print(line)
+        return found
+
+    def recalculated(self) -> dict[str, Any]:
+        """The results with metrics computed anew from predictions; what took time stays.
+
+        Raises:
+            DataError: the predictions or results are missing.
+        """
+        old = results.read_results(self.planned.results_file)
+        trials = []
+        for path in self.planned.prediction_files:
+            rows = results.read_rows(path)
+            predictions = results.predictions_of(rows, [q.sample for q in self.questions], path)
+            trials.append((predictions, math.nan))
+        found = self.results(trials, 0.0) | {"times": old.get("times"), "model": old.get("model")}
+        if self.is_main:
+            results.write_results(self.planned.results_file, found)
+        return found
+
+    def _rows(self, trial: int, seed: int, path: Path) -> tuple[list[dict[str, Any]], float]:
+        """The predictions of a trial as they are written, and the seconds they took."""
+        run = self._run_name()
+        if path.exists():
+            try:
+                rows = results.read_rows(path)
+                if rows and rows[0].get("run") == run and len(rows) == len(self.questions):
+                    logger.info("%s: is there", path.name)
+                    return rows, math.nan
+            except DataError as e:
+                logger.warning("%s: predicted again", e)
+        start = time.perf_counter()
+        shots = sampling.draw(
+            self.pool,
+            self.planned.k,
+            seed=seed,
+            trial=0,
+            task=self.planned.task,
+            uniform=self.planned.options.uniform_sampling,
+            leak=self.planned.options.allow_test_shots,
+            keep_order=self.planned.options.no_shuffle_examples,
+        )
+        predictions = self._predict(trial, seed, shots)
+        rows = results.prediction_rows(
+            predictions,
+            [question.number for question in self.questions],
+            [[shot.identity for shot in shots.of(q.parent)] if self.planned.k else []
+             for q in self.questions],
+            run,
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        if self.is_main:
+            results.write_predictions(path, rows)
+        return rows, seconds
+
+    def _predict(self, trial: int, seed: int, shots: sampling.Shots) -> list[Prediction]:
+        planned = self.planned
+        bar = tqdm(
+            total=len(self.questions),
+            desc=f"{planned.task} {planned.template} k={planned.k} seed={seed}",
+            unit="question",
+            disable=None if self.is_main else True,
+        )
+        with bar:
+            return self._predictor(seed).predict(
+                Trial(
+                    self.task,
+                    self.template,
+                    [question.sample for question in self.questions],
+                    shots,
+                    [question.parent for question in self.questions],
+                    trial,
+                    lambda done: bar.update(done - bar.n),
+                )
+            )
+
+    def _predictor(self, seed: int) -> Predictor:
+        options = self.planned.options
+        predictor: Predictor = PREDICTORS.get(options.predictor_name).factory(
+            self.model,
+            PredictorOptions(
+                scoring=options.scoring,
+                calibrator=options.calibrator_name,
+                calibration_options=self.planned.calibration_options,
+                train_sep=options.separator,
+                newline_to_end=options.replace_newline_with_eos,
+                max_positions=self.planned.settings["max_positions"],
+                same_number_of_shots=options.truncate_few_shot_samples_globally,
+                beam_size=options.beam_size,
+                add_prompt=options.add_prompt_to_meta,
+                add_calib=options.add_calib_to_meta,
+                add_positional_scores=options.add_positional_scores_to_meta,
+                add_prompt_tokens=options.add_prompt_tokens_to_meta,
+                context_scores=not options.skip_context_scores,
+                seed=seed,
+            ),
+        )
+        return predictor
+
+    def _run_name(self) -> str:
+        """What predictions must come from to be used again."""
+        model = "none" if self.model is None else str(self.model.identity().get("sha256", ""))[:8]
+        return f"{self.planned.settings_hash}-{model}"
+
+    def results(
+        self, trials: Sequence[tuple[Sequence[Prediction], float]], began: float
+    ) -> dict[str, Any]:
+        """What a results file says; nothing outside `times` depends on when and where it was."""
+        planned = self.planned
+        columns: dict[str, list[float]] = {}
+        for predictions, _ in trials:
+            for name, value in measured(self.metrics, predictions).items():
+                columns.setdefault(name, []).append(value)
+        if any(len(values) != len(trials) for values in columns.values()):
+            raise ConfigError(f"{planned.task}: a metric has numbers for some trials only")
+        preferred = self.metrics[0]
+        return {
+            "format": results.FORMAT,
+            "complete": True,
+            "model_name": planned.model,
+            "task": planned.task,
+            "language": planned.language,
+            "template": planned.template,
+            "nb_few_shot_samples": planned.k,
+            "calibration_options": list(planned.calibration_options),
+            "calibrator_name": planned.options.calibrator_name,
+            "scoring": planned.options.scoring,
+            "train_set": planned.train_set,
+            "valid_set": planned.valid_set,
+            "eval_set": planned.eval_set,
+            "train_lang": planned.train_lang,
+            "valid_lang": planned.valid_lang,
+            "eval_examples_cnt": len(self.samples),
+            "questions_cnt": len(self.questions),
+            "preferred_metric": self._preferred(preferred, columns),
+            **{name: over_trials(values) for name, values in columns.items()},
+            "metric_definitions": {metric.name: metric.definition() for metric in self.metrics},
+            "example_prompts": self._example_prompts(),
+            "predictions": [path.name for path in planned.prediction_files],
+            "settings": dict(planned.settings),
+            "settings_hash": planned.settings_hash,
+            "model": {} if self.model is None else self.model.identity(),
+            "versions": versions(self.model is not None),
+            "times": {
+                "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
+                "execution_time": over_trials([seconds for _, seconds in trials]),
+            },
+        }
+
+    @staticmethod
+    def _preferred(metric: Metric, columns: Mapping[str, Any]) -> str:
+        """The number that stands for the task: its first metric's own, or the first it gives."""
+        if metric.name in columns:
+            return metric.name
+        return next(iter(columns))
+
+    def _example_prompts(self) -> list[str]:
+        """The first three questions, without shots: what was asked, for the eye."""
+        return [self.template.encode(question.sample) for question in self.questions[:3]]
+
+
+def measured(metrics: Sequence[Metric], predictions: Sequence[Prediction]) -> dict[str, float]:
+    """The numbers of all metrics.
+
+    Raises:
+        ConfigError: two metrics give a number of one name.
+    """
+    found: dict[str, float] = {}
+    for metric in metrics:
+        for name, value in metric.score(predictions).items():
+            if name in found:
+                raise ConfigError(f"metric {metric.name}: {name} is another metric's number, too")
+            found[name] = value
+    return found
+
+
+def versions(with_torch: bool) -> dict[str, str]:
+    """Versions that numbers may depend on."""
+    found = {"fairseq_lite": fairseq_lite.__version__, "python": platform.python_version()}
+    if with_torch:
+        import torch
+
+        found["torch"] = torch.__version__
+    return found

@@ -1,0 +1,273 @@
+"""Evaluate a language model on few-shot tasks.
+
+python -m examples.few_shot.gpt3_eval --model-name checkpoints/checkpoint_best.pt \
+        --tasks copa --nb-few-shot-samples-values 0 1 32
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from examples.few_shot import results
+from examples.few_shot.builtins import load_builtins
+from examples.few_shot.predictors.api import PREDICTORS
+from examples.few_shot.settings import (
+    DEFAULT_SHOTS,
+    TASK_FLAGS,
+    EvaluationOptions,
+    PlannedEvaluation,
+    as_names,
+    plan,
+)
+from examples.few_shot.tasks.api import GROUPS, TASKS, task_names
+from examples.few_shot.templates.api import TEMPLATES
+from fairseq_lite.config.core import DistributedTrainingConfig
+from fairseq_lite.config.flags import add_flags
+from fairseq_lite.errors import ConfigError
+from fairseq_lite.plugins import import_user_dir
+
+logger = logging.getLogger(__name__)
+
+plan_evaluations = plan
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are one line."""
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(message)
+
+
+def get_argparser(tasks: Sequence[str] = (), templates: Sequence[str] = ()) -> Parser:
+    """The flags.
+
+    Args:
+        tasks: those whose own flags are known.
+        templates: likewise.
+    """
+    load_builtins()
+    parser = Parser(
+        prog="gpt3_eval", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument(
+        "--model-name", metavar="NAME_OR_PATH",
+        help="a name of model_configs.py, a checkpoint, a folder of them, or a Hugging Face model",
+    )  # fmt: skip
+    unset: dict[str, Any] = {"default": argparse.SUPPRESS}
+    parser.add_argument("--tasks", nargs="+", help="tasks and groups of tasks", **unset)
+    parser.add_argument(
+        "--nb-few-shot-samples-values", "--nshot", nargs="+", type=int, metavar="K",
+        help=f"numbers of shots (default: {' '.join(map(str, DEFAULT_SHOTS))})", **unset,
+    )  # fmt: skip
+    parser.add_argument("--any-eval-set", nargs="+", metavar="SET",
+                        help="what is evaluated, for tasks that do not say", **unset)  # fmt: skip
+    parser.add_argument("--any-languages", nargs="+", metavar="LANG",
+                        help="languages, for tasks that do not say", **unset)  # fmt: skip
+    parser.add_argument("--list-tasks", action="store_true", help="print tasks and groups")
+    owners: dict[str, str] = {}
+    add_flags(parser, EvaluationOptions, "gpt3_eval", owners)
+    for name in tasks:
+        group = parser.add_argument_group(f"task {name}")
+        for suffix, (several, text) in TASK_FLAGS.items():
+            of_languages = suffix in ("languages", "train_lang", "valid_lang")
+            if of_languages and not TASKS.get(name).factory.languages:
+                continue
+            flag = f"--{name}_{suffix}".replace("_", "-")
+            more = [f"--{name.replace('_', '-')}-language"] if suffix == "languages" else []
+            kind = {"nargs": "+"} if several else {}
+            group.add_argument(
+                flag, *more, dest=f"{name}_{suffix}", metavar=suffix.upper(), help=text,
+                **kind, **unset,  # type: ignore[arg-type]
+            )  # fmt: skip
+    seen: set[type] = set()
+    for entry in [*map(TASKS.get, tasks), *map(TEMPLATES.get, templates)]:
+        if entry.config not in seen and dataclasses.fields(entry.config):
+            seen.add(entry.config)
+            add_flags(parser.add_argument_group(entry.name), entry.config, entry.name, owners)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> dict[str, Any]:
+    """Values of a command line, by destination; what was not typed is not there.
+
+    Tasks are looked for first: only the flags of those that are evaluated exist.
+
+    Raises:
+        ConfigError: an unknown flag, task or template.
+    """
+    known, _ = get_argparser().parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    if getattr(known, "user_dir", None):
+        import_user_dir(known.user_dir)
+    names = task_names(getattr(known, "tasks", ()))
+    with_tasks, _ = get_argparser(names).parse_known_args(
+        [a for a in argv if a not in ("-h", "--help")]
+    )
+    templates = {
+        template: None
+        for name in names
+        for template in as_names(
+            getattr(with_tasks, f"{name}_template", TASKS.get(name).factory.template), "template"
+        )
+    }
+    found, unknown = get_argparser(names, list(templates)).parse_known_args(argv)
+    if unknown:
+        raise ConfigError(_unknown(unknown[0], names))
+    return {name: value for name, value in vars(found).items() if value is not None}
+
+
+def _unknown(word: str, names: Sequence[str]) -> str:
+    """What is said of a flag that nobody has."""
+    if not word.startswith("-"):
+        return f"{word}: expected a flag"
+    flag = word.partition("=")[0]
+    for name in TASKS.names():
+        if flag.startswith(f"--{name.replace('_', '-')}-") and name not in names:
+            return f"{flag}: {name} is not among --tasks; leave it out, or add the task"
+    for registry in (TASKS, TEMPLATES):
+        for name in registry.names():
+            fields = dataclasses.fields(registry.get(name).config)
+            if flag[2:].replace("-", "_") in {field.name for field in fields}:
+                return f"{flag}: belongs to {registry.kind} {name}, which is not evaluated here"
+    import difflib
+
+    options = [o for a in get_argparser(names)._actions for o in a.option_strings]
+    near = difflib.get_close_matches(flag, options, n=1)
+    return f"{flag}: unknown flag" + (f"; did you mean {near[0]}?" if near else "")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What processes are started for."""
+
+    model_name: str
+    planned: tuple[PlannedEvaluation, ...]
+
+
+def run_evaluations_from_model_name(model_name: str, **kwargs: Any) -> list[dict[str, Any]]:
+    """Evaluate a model, in as many processes as asked for.
+
+    Args:
+        model_name: a name of `model_configs`, or a path.
+        kwargs: destinations of flags and their values, as `parse` gives them.
+
+    Returns:
+        The contents of the results files, in the order of `plan`.
+
+    Raises:
+        FliteError: what the user can mend.
+    """
+    if kwargs.get("user_dir"):
+        import_user_dir(kwargs["user_dir"])
+    planned = plan(model_name, **kwargs)
+    options = planned[0].options
+    left = tuple(planned)
+    if options.skip_completed and not options.recalc_metrics_from_predictions:
+        left = tuple(each for each in planned if not results.is_complete(each))
+        if len(left) < len(planned):
+            logger.info("%d of %d evaluations are complete", len(planned) - len(left), len(planned))
+    if left:
+        _run(_Work(model_name, left), options)
+    return [results.read_results(each.results_file) for each in planned]
+
+
+def _run(work: _Work, options: EvaluationOptions) -> None:
+    needs_model = PREDICTORS.get(options.predictor_name).factory.needs_model
+    if options.recalc_metrics_from_predictions or not needs_model:
+        _without_model(work, options)
+        return
+    from fairseq_lite.parallel.launch import launch_for
+
+    distributed = DistributedTrainingConfig(
+        distributed_world_size=options.distributed_world_size,
+        distributed_port=options.distributed_port or -1,
+    )
+    launch_for(
+        distributed,
+        _with_model,
+        work,
+        command="gpt3_eval",
+        cpu=options.cpu,
+        setup=prepare_rank,
+        user_dir=options.user_dir,
+        if_asked=True,
+    )
+
+
+def prepare_rank() -> None:
+    """What a process that is started here does first."""
+    from fairseq_lite.builtins import load_builtins as load_core
+
+    load_core()
+    load_builtins()
+    _set_up_logging()
+
+
+def _without_model(work: _Work, options: EvaluationOptions) -> None:
+    from examples.few_shot.evaluation import Evaluation
+
+    for each in work.planned:
+        evaluation = Evaluation(each, None)
+        again = options.recalc_metrics_from_predictions
+        _report(each, evaluation.recalculated() if again else evaluation.run())
+
+
+def _with_model(work: _Work, world: Any) -> None:
+    """Evaluate, as one process of `world`."""
+    from examples.few_shot.evaluation import Evaluation
+    from examples.few_shot.models.loading import load_model
+
+    # Data first: a missing file is told before minutes of loading.
+    evaluations = [Evaluation(each, None, is_main=world.is_main) for each in work.planned]
+    model = load_model(work.model_name, work.planned[0].options, world)
+    for evaluation in evaluations:
+        evaluation.model = model
+        found = evaluation.run()
+        if world.is_main:
+            _report(evaluation.planned, found)
+
+
+def _report(planned: PlannedEvaluation, found: dict[str, Any]) -> None:
+    name = found["preferred_metric"]
+    value = found[name]
+    spread = f" ± {value['std']:.2f}" if len(value["scores"]) > 1 else ""
+    language = f" {planned.language}" if planned.language else ""
+    print(
+        f"{planned.model} | {planned.task}{language} {planned.template} {planned.eval_set}"
+        f" | k={planned.k} | {name} {value['mean']:.2f}{spread} | {planned.results_file}",
+        flush=True,
+    )
+
+
+def _set_up_logging() -> None:
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S", stream=sys.stderr,
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line and evaluate."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    values = parse(words)
+    if values.pop("list_tasks"):
+        for name, members in sorted(GROUPS.items()):
+            print(f"group {name}: {' '.join(members)}")
+        print("\n".join(TASKS.names()))
+        return
+    model_name = values.pop("model_name", None)
+    if model_name is None:
+        raise ConfigError("--model-name is needed: a name of model_configs.py, or a path")
+    _set_up_logging()
+    run_evaluations_from_model_name(model_name, **values)
+
+
+if __name__ == "__main__":
+    from fairseq_lite_cli.entry import run_command
+
+    sys.exit(run_command("gpt3_eval", main))

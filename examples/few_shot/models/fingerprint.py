@@ -1,0 +1,35 @@
+"""Which files a model came from."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from fairseq_lite.training.checkpoint.parts import readable_files
+
+
+def files_identity(path: str) -> dict[str, Any]:
+    """Names, sizes and SHA-256 of the files of a checkpoint, and one digest of them all."""
+    found = [file for name in path.split(":") if name for file in _files(Path(name))]
+    files = [
+        {"name": file.name, "size": file.stat().st_size, "sha256": _digest(file)} for file in found
+    ]
+    whole = hashlib.sha256("".join(each["sha256"] for each in files).encode()).hexdigest()
+    return {"files": files, "sha256": whole}
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
+            if found := readable_files(path / name):
+                return sorted(found.values())
+    return sorted(readable_files(path).values()) or [path]
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            found.update(piece)
+    return found.hexdigest()
