@@ -148,20 +148,16 @@ class Evaluation:
     def _rows(self, trial: int, seed: int, path: Path) -> tuple[list[dict[str, Any]], float]:
         """The predictions of a trial as they are written, and the seconds they took."""
         run = self._run_name()
-        if path.exists():
-            try:
-                rows = results.read_rows(path)
-                if rows and rows[0].get("run") == run and len(rows) == len(self.questions):
-                    logger.info("%s: is there", path.name)
-                    return rows, math.nan
-            except DataError as e:
-                logger.warning("%s: predicted again", e)
+        found = self._agree(self._there(path, run))
+        if found is not None:
+            logger.info("%s: is there", path.name)
+            return found, math.nan
         start = time.perf_counter()
         shots = sampling.draw(
             self.pool,
             self.planned.k,
-            seed=seed,
-            trial=0,
+            seed=self.planned.options.seed,
+            trial=trial,
             task=self.planned.task,
             uniform=self.planned.options.uniform_sampling,
             leak=self.planned.options.allow_test_shots,
@@ -180,6 +176,21 @@ class Evaluation:
             results.write_predictions(path, rows)
         return rows, seconds
 
+    def _there(self, path: Path, run: str) -> list[dict[str, Any]] | None:
+        """Predictions that an earlier run has left, if they are those this one would make."""
+        if self.planned.options.override_completed or not path.exists():
+            return None
+        try:
+            rows = results.read_rows(path)
+        except DataError as e:
+            logger.warning("%s; predicted again", e)
+            return None
+        wanted = [(run, question.sample.identity) for question in self.questions]
+        return rows if [(row.get("run"), row.get("id")) for row in rows] == wanted else None
+
+    def _agree(self, value: Any) -> Any:
+        return value if self.model is None else self.model.agree(value)
+
     def _predict(self, trial: int, seed: int, shots: sampling.Shots) -> list[Prediction]:
         planned = self.planned
         bar = tqdm(
@@ -189,7 +200,7 @@ class Evaluation:
             disable=None if self.is_main else True,
         )
         with bar:
-            return self._predictor(seed).predict(
+            return self._predictor().predict(
                 Trial(
                     self.task,
                     self.template,
@@ -201,7 +212,7 @@ class Evaluation:
                 )
             )
 
-    def _predictor(self, seed: int) -> Predictor:
+    def _predictor(self) -> Predictor:
         options = self.planned.options
         predictor: Predictor = PREDICTORS.get(options.predictor_name).factory(
             self.model,
@@ -219,7 +230,7 @@ class Evaluation:
                 add_positional_scores=options.add_positional_scores_to_meta,
                 add_prompt_tokens=options.add_prompt_tokens_to_meta,
                 context_scores=not options.skip_context_scores,
-                seed=seed,
+                seed=options.seed,
             ),
         )
         return predictor
@@ -227,7 +238,14 @@ class Evaluation:
     def _run_name(self) -> str:
         """What predictions must come from to be used again."""
         model = "none" if self.model is None else str(self.model.identity().get("sha256", ""))[:8]
-        return f"{self.planned.settings_hash}-{model}"
+        options = self.planned.options
+        kept = (
+            options.add_prompt_to_meta,
+            options.add_calib_to_meta,
+            options.add_positional_scores_to_meta,
+            options.add_prompt_tokens_to_meta,
+        )
+        return f"{self.planned.settings_hash}-{model}-{''.join(str(int(each)) for each in kept)}"
 
     def results(
         self, trials: Sequence[tuple[Sequence[Prediction], float]], began: float

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ from examples.few_shot.tasks.api import GROUPS, TASKS, task_names
 from examples.few_shot.templates.api import TEMPLATES
 from fairseq_lite.config.core import DistributedTrainingConfig
 from fairseq_lite.config.flags import add_flags
-from fairseq_lite.errors import ConfigError
+from fairseq_lite.errors import ConfigError, FliteError
 from fairseq_lite.plugins import import_user_dir
 
 logger = logging.getLogger(__name__)
@@ -264,7 +265,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if model_name is None:
         raise ConfigError("--model-name is needed: a name of model_configs.py, or a path")
     _set_up_logging()
-    run_evaluations_from_model_name(model_name, **values)
+    try:
+        run_evaluations_from_model_name(model_name, **values)
+    except FliteError:
+        if values.get("debug"):
+            traceback.print_exc()
+        raise
 
 
 if __name__ == "__main__":

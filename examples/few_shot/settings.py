@@ -74,6 +74,7 @@ class EvaluationOptions:
     )
     train_sep: str = flag(" ", r"between shots; \n for a line break")
     skip_completed: bool = flag(False, "leave out evaluations that have complete results")
+    override_completed: bool = flag(False, "predict anew what is there already")
     recalc_metrics_from_predictions: bool = flag(
         False, "compute metrics of finished evaluations anew from their predictions"
     )
@@ -84,6 +85,7 @@ class EvaluationOptions:
     max_tokens: int | None = flag(
         None, "tokens computed at a time, padding included (default: chosen by the model)"
     )
+    compute_vocab_dist: bool = flag(False, "LAMA: rank the answer in the vocabulary (always done)")
     skip_context_scores: bool = flag(
         False, "do not score the tokens of prompts: faster; perplexities of whole prompts are left"
         " out and sum begins where candidates differ",
@@ -111,8 +113,14 @@ class EvaluationOptions:
             if value is not None and value < least:
                 flag_name = name.replace("_", "-")
                 raise ConfigError(f"--{flag_name} {value}: expected {least} or more")
-        if self.fp16 and self.bf16:
-            raise ConfigError("--fp16 --bf16: choose one")
+        for one, other in (
+            ("fp16", "bf16"),
+            ("skip_completed", "override_completed"),
+            ("recalc_metrics_from_predictions", "override_completed"),
+        ):
+            if getattr(self, one) and getattr(self, other):
+                names = (f"--{name.replace('_', '-')}" for name in (one, other))
+                raise ConfigError(f"{' '.join(names)}: choose one")
         if self.predictor_name not in PREDICTORS:
             PREDICTORS.get(self.predictor_name)
 
@@ -126,9 +134,10 @@ class EvaluationOptions:
 _NO_SETTING = {
     "data_dir", "results_dir", "predictions_dump_dir", "add_prompt_to_meta", "add_calib_to_meta",
     "add_positional_scores_to_meta", "add_prompt_tokens_to_meta", "confusion_matrix", "batch_size",
-    "max_tokens", "skip_completed", "recalc_metrics_from_predictions", "any_train_set",
-    "any_valid_set", "any_train_lang", "any_valid_lang", "distributed_world_size", "fsdp", "cpu",
-    "distributed_port", "user_dir", "debug", "num_trials", "seed",
+    "max_tokens", "skip_completed", "override_completed", "recalc_metrics_from_predictions",
+    "any_train_set", "any_valid_set", "any_train_lang", "any_valid_lang", "distributed_world_size",
+    "fsdp", "cpu", "distributed_port", "user_dir", "debug", "compute_vocab_dist",
+    "num_trials", "seed",
 }  # fmt: skip
 
 LISTS = ("tasks", "nb_few_shot_samples_values", "any_eval_set", "any_languages")
@@ -303,6 +312,11 @@ def _plan_task(
 ) -> list[PlannedEvaluation]:
     entry = TASKS.get(name)
     kind = entry.factory
+    if options.compute_vocab_dist and kind.kind != "ranking":
+        raise ConfigError(
+            f"--compute-vocab-dist: {name} ranks no word of the vocabulary; only lama_* do: leave"
+            " it out"
+        )
     templates = as_names(said.get("template", kind.template), f"{name}_template")
     sets = as_names(
         said.get("eval_set", given.get("any_eval_set", kind.eval_set)), f"{name}_eval_set"

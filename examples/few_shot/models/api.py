@@ -143,6 +143,10 @@ class Model(ABC):
     def identity(self) -> dict[str, Any]:
         """What tells this model from others: plain values for results files (hash, size, …)."""
 
+    def agree(self, value: Any) -> Any:
+        """The first process's value, in every process that shares the model."""
+        return value
+
     @property
     def is_main(self) -> bool:
         """Whether this process writes files; of several that share a model, one does."""

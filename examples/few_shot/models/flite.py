@@ -115,6 +115,9 @@ class FliteModel(Model):
     def identity(self) -> dict[str, Any]:
         return self._identity
 
+    def agree(self, value: Any) -> Any:
+        return value if self.world is None else self.world.broadcast_object(value)
+
     @property
     def is_main(self) -> bool:
         return self.world is None or self.world.is_main

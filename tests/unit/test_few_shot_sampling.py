@@ -1,0 +1,112 @@
+"""Which samples are shots."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from examples.few_shot.samples import FewShotSample, choice
+from examples.few_shot.sampling import draw, order
+from fairseq_lite.errors import ConfigError
+
+
+def pool_of(size: int, classes: int = 2) -> list[FewShotSample]:
+    names = [f"class {n}" for n in range(classes)]
+    return [choice({"text": f"text {i}"}, names, i % classes) for i in range(size)]
+
+
+@given(st.integers(1, 40), st.integers(0, 3), st.integers(0, 3))
+def test_an_order_holds_everything_once_and_is_made_again(size: int, seed: int, trial: int) -> None:
+    found = order(size, seed=seed, trial=trial, task="copa")
+    assert sorted(found) == list(range(size))
+    assert found == order(size, seed=seed, trial=trial, task="copa")
+
+
+def test_seed_trial_and_task_each_change_the_order() -> None:
+    found = {
+        tuple(order(50, seed=seed, trial=trial, task=task))
+        for seed in (0, 1)
+        for trial in (0, 1)
+        for task in ("copa", "rte")
+    }
+    assert len(found) == 8
+    # Seeds and trials are not added up.
+    assert order(50, seed=0, trial=1, task="x") != order(50, seed=1, trial=0, task="x")
+
+
+def test_the_order_of_today_is_the_order_of_tomorrow() -> None:
+    # Results name their shots by seed: the draw may not change from release to release.
+    assert order(10, seed=0, trial=0, task="copa") == [5, 7, 3, 9, 2, 6, 0, 1, 8, 4]
+
+
+@given(st.integers(1, 30), st.integers(0, 30), st.integers(0, 30))
+def test_fewer_shots_are_among_more(size: int, one: int, other: int) -> None:
+    pool = pool_of(size)
+    few, many = (
+        draw(pool, k, seed=0, trial=0, task="t").of(choice({"text": "new"}, ["a"], 0))
+        for k in sorted((one, other))
+    )
+    assert many[: len(few)] == few
+    assert len(many) == min(max(one, other), size)
+
+
+@given(st.integers(2, 20), st.integers(1, 19), st.data())
+def test_a_sample_is_not_among_its_own_shots(size: int, k: int, data: st.DataObject) -> None:
+    pool = pool_of(size)
+    sample = data.draw(st.sampled_from(pool))
+    found = draw(pool, k, seed=0, trial=0, task="t").of(sample)
+    assert sample not in found
+    assert len(found) == min(k, size - 1)
+
+
+def test_a_copy_of_the_sample_counts_as_the_sample() -> None:
+    pool = pool_of(5)
+    copy = choice(dict(pool[2].data), pool[2].candidates, 0)
+    assert pool[2] not in draw(pool, 5, seed=0, trial=0, task="t").of(copy)
+
+
+def test_a_sample_may_be_its_own_shot_where_that_is_asked_for() -> None:
+    pool = pool_of(4)
+    assert pool[1] in draw(pool, 4, seed=0, trial=0, task="t", leak=True).of(pool[1])
+
+
+def test_only_the_sample_s_own_place_is_taken_by_another() -> None:
+    pool = pool_of(30)
+    shots = draw(pool, 6, seed=0, trial=0, task="t")
+    usual = shots.of(choice({"text": "new"}, ["a"], 0))
+    found = shots.of(usual[2])
+    assert found[:5] == usual[:2] + usual[3:]
+
+
+@given(st.sampled_from([2, 3, 4]), st.integers(0, 4), st.integers(0, 5))
+def test_uniform_shots_are_as_many_of_each_class(classes: int, each: int, trial: int) -> None:
+    pool = pool_of(10 * classes, classes)
+    shots = draw(pool, classes * each, seed=0, trial=trial, task="t", uniform=True)
+    found = [one.correct[0] for one in shots.of(pool[0])]
+    assert all(found.count(f"class {n}") == each for n in range(classes))
+    assert pool[0] not in shots.of(pool[0])
+
+
+def test_uniform_shots_need_a_multiple_of_the_classes() -> None:
+    with pytest.raises(ConfigError, match="5 shots are no multiple of the 2 classes"):
+        draw(pool_of(10), 5, seed=0, trial=0, task="t", uniform=True)
+
+
+def test_uniform_shots_need_classes() -> None:
+    with pytest.raises(ConfigError, match="do not have one class each"):
+        draw([FewShotSample({"q": 1}, correct=("x",))], 1, seed=0, trial=0, task="t", uniform=True)
+
+
+def test_uniform_shots_need_enough_of_each_class() -> None:
+    few = [choice({"n": i}, ["a", "b"], 0) for i in range(9)] + [choice({"n": 9}, ["a", "b"], 1)]
+    with pytest.raises(ConfigError, match="class 'b' has 1 samples for 2 shots"):
+        draw(few, 4, seed=0, trial=0, task="t", uniform=True).of(choice({"n": 11}, ["a"], 0))
+
+
+def test_shots_stand_in_the_order_of_the_file_where_that_is_asked_for() -> None:
+    pool = pool_of(20)
+    new = choice({"text": "new"}, ["a"], 0)
+    usual = draw(pool, 8, seed=0, trial=0, task="t").of(new)
+    kept = draw(pool, 8, seed=0, trial=0, task="t", keep_order=True).of(new)
+    assert usual != kept == [one for one in pool if one in usual]
