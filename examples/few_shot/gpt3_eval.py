@@ -173,8 +173,17 @@ def run_evaluations_from_model_name(model_name: str, **kwargs: Any) -> list[dict
         if len(left) < len(planned):
             logger.info("%d of %d evaluations are complete", len(planned) - len(left), len(planned))
     if left:
-        _run(_Work(model_name, left), options)
+        run_planned(left)
     return [results.read_results(each.results_file) for each in planned]
+
+
+def run_planned(planned: Sequence[PlannedEvaluation]) -> None:
+    """Carry out evaluations of one model, which is loaded once, as the options of the first say.
+
+    Raises:
+        FliteError: what the user can mend.
+    """
+    _run(_Work(planned[0].model, tuple(planned)), planned[0].options)
 
 
 def _run(work: _Work, options: EvaluationOptions) -> None:

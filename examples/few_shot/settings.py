@@ -277,7 +277,7 @@ def _split(
     for key, value in given.items():
         if key in general:
             continue
-        owner = _owner(key)
+        owner = flag_owner(key)
         if owner is None:
             rest[key] = value
         elif owner[0] not in chosen:
@@ -292,8 +292,8 @@ def _split(
 _ALIASES = {"language": "languages", "templates": "template", "eval_sets": "eval_set"}
 
 
-def _owner(key: str) -> tuple[str, str] | None:
-    """The task and the suffix of a task's flag."""
+def flag_owner(key: str) -> tuple[str, str] | None:
+    """The task and the suffix of a task's flag, as in `TASK_FLAGS`; None for another's."""
     for suffix in sorted({*TASK_FLAGS, *_ALIASES}, key=len, reverse=True):
         if key.endswith("_" + suffix):
             name = key[: -len(suffix) - 1]
