@@ -19,8 +19,8 @@ def run_distributed(
     world_size: int,
     *args: Any,
     backend: str = "gloo",
-    timeout: float = 60.0,
-    heartbeat: int = 20,
+    timeout: float = 100.0,
+    heartbeat: int = 100,
     user_dir: str | None = None,
 ) -> list[Any]:
     """Call `fn(world, *args)` on every rank; leaves no process behind, whatever happens.

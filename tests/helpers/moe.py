@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from fairseq_lite.parallel.experts import expert_parameters
 from fairseq_lite.parallel.fully_sharded.torch_engine import TorchSharded
-from fairseq_lite.parallel.local import is_spread, local
+from fairseq_lite.parallel.local import local, rows_of
 from fairseq_lite.parallel.world import World
 from fairseq_lite.tasks.api import Sample
 from fairseq_lite.training.trainer import Trainer
@@ -35,6 +36,9 @@ from tests.helpers.parity import DEALT, make_trainer
 from tests.helpers.toy import write_text
 
 UPDATES = 2
+
+# Every combination, where tests otherwise have each two of a row's values meet once.
+WHOLE_TABLES = bool(os.environ.get("FLITE_WHOLE_TABLES"))
 
 # Two layers a side, of which the second has experts. Widths that no number of ranks divides.
 MODELS = {
@@ -149,9 +153,9 @@ def gradients_of(model: nn.Module, backend: Any = None) -> dict[str, Piece]:
 
 
 def _piece(tensor: Tensor) -> Piece:
-    if is_spread(tensor):
-        tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-    return tuple(tensor.shape), 0, tensor.detach().cpu().flatten().clone()
+    numbers = torch.arange(tensor.numel()).view(tensor.shape)
+    start = int(rows_of(numbers, tensor).flatten()[:1].sum())  # a rank without rows begins anywhere
+    return tuple(tensor.shape), start, local(tensor).detach().cpu().flatten().clone()
 
 
 def _rows(rows: Iterable[tuple[Any, Tensor]]) -> dict[str, Piece]:

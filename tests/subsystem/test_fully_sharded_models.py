@@ -245,6 +245,7 @@ def _peak() -> float:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.usefixtures("cold_ranks")  # what a rank inherits is memory, too
 def test_no_rank_holds_the_whole_model_while_it_is_built() -> None:
     for grown, if_whole in run_distributed(build_large, 2):
         # Its half, and a layer or two on the way; the measure does see a model that is there.
