@@ -9,6 +9,8 @@
     model = hub.load("lm/checkpoint_best.pt")
     model.score("It was a dark and stormy night.").perplexity
     model.sample("Once upon a time", sampling=True, sampling_topp=0.9, seed=3)
+    answers = tuple(model.encode(word) for word in (" yes", " no"))
+    model.score_branches([hub.Branches(model.encode("Is snow white?"), answers)])
 
 A checkpoint carries its dictionaries and its segmentation model, so one file is enough.
 """
@@ -22,14 +24,24 @@ from typing import Any
 from fairseq_lite.builtins import load_builtins
 from fairseq_lite.config.core import CommonConfig
 from fairseq_lite.errors import CheckpointError, ConfigError
+from fairseq_lite.generation.branches import Branches, BranchScores, Ranked
 from fairseq_lite.hub.language_model import LanguageModel, ScoredText
 from fairseq_lite.hub.translator import Translator
+from fairseq_lite.parallel.world import World
 from fairseq_lite.plugins import import_user_dir
 from fairseq_lite.tasks.language_modeling import LanguageModelingTask
 from fairseq_lite.training.checkpoint.inference import load_models
 from fairseq_lite.training.checkpoint.parts import readable_files
 
-__all__ = ["LanguageModel", "ScoredText", "Translator", "load"]
+__all__ = [
+    "BranchScores",
+    "Branches",
+    "LanguageModel",
+    "Ranked",
+    "ScoredText",
+    "Translator",
+    "load",
+]
 
 
 def load(
@@ -40,6 +52,7 @@ def load(
     fp16: bool = False,
     user_dir: str | Path | None = None,
     overrides: dict[str, Any] | None = None,
+    world: World | None = None,
 ) -> Translator | LanguageModel:
     """Load a trained model: a `Translator`, or a `LanguageModel` if it was trained as one.
 
@@ -51,22 +64,32 @@ def load(
         fp16: compute in float16 (CUDA).
         user_dir: the plugin the model needs, as `--user-dir`.
         overrides: model fields to replace, as `--model-overrides`.
+        world: the processes that load a language model together and share its experts and all
+            work, as `fn` of `parallel.launch` gets it; each computes where the world says. None:
+            this process alone.
 
     Raises:
         CheckpointError: no such file, damaged, or without its dictionaries.
+        ConfigError: arguments that contradict each other.
     """
     if user_dir is not None:
         import_user_dir(user_dir)
     if device not in (None, "cpu", "cuda"):
         raise ConfigError(f"device {device!r}: expected 'cpu' or 'cuda'")
+    if world is not None and device not in (None, world.device.type):
+        raise ConfigError(f"device {device!r}: the world computes on {world.device}; leave it out")
     names = path.split(":") if isinstance(path, str) else path
     files = [names] if isinstance(names, Path) else [Path(name) for name in names]
     ensemble = load_models(
-        [str(_file(each)) for each in files], load_builtins(), overrides=overrides
+        [str(_file(each)) for each in files], load_builtins(), overrides=overrides, world=world
     )
     common = CommonConfig(cpu=device == "cpu", bf16=bf16, fp16=fp16)
     if isinstance(ensemble.task, LanguageModelingTask):
-        return LanguageModel(ensemble, common)
+        return LanguageModel(ensemble, common, world)
+    if world is not None and world.size > 1:
+        raise ConfigError(
+            "world: a translation model is used by one process here; flite-generate has several"
+        )
     return Translator(ensemble, common)
 
 

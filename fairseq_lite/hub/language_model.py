@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -16,15 +16,32 @@ from fairseq_lite.config.core import CommonConfig, GenerationConfig
 from fairseq_lite.data.prompts import PromptDataset
 from fairseq_lite.data.text.api import build_codecs
 from fairseq_lite.errors import ConfigError
+from fairseq_lite.generation.branch_plan import Unit
+from fairseq_lite.generation.branches import (
+    Branches,
+    BranchReader,
+    BranchScores,
+    Numbers,
+    Pick,
+    Ranked,
+    collect,
+    pick_ranks,
+    pick_scores,
+    scores_of,
+)
 from fairseq_lite.generation.continuation import ContinuationGenerator
 from fairseq_lite.generation.evaluate import Output, Texts, Translated
 from fairseq_lite.generation.likelihood import TargetScorer
-from fairseq_lite.generation.lines import generate_in_order
-from fairseq_lite.generation.session import DEFAULT_MAX_TOKENS, Session, place, unchanging
+from fairseq_lite.generation.session import DEFAULT_MAX_TOKENS, Session, place
 from fairseq_lite.hub.options import generation_config
+from fairseq_lite.hub.ranks import Ranks
+from fairseq_lite.parallel.world import SingleWorld, World
 from fairseq_lite.tasks.api import to_device
 from fairseq_lite.tasks.language_modeling import LanguageModelingTask
 from fairseq_lite.training.checkpoint.inference import Ensemble
+
+# Tokens read at a time where nothing else is said: on a CPU more are no faster.
+_TOKENS_ON_CPU = 4000
 
 # Tokens of the first round of outputs that a string may end; each later one is twice as long.
 _FIRST_ROUND = 32
@@ -64,16 +81,24 @@ class LanguageModel:
     Args:
         ensemble: what `load_models` returned.
         common: device and precision: `cpu`, `bf16`, `fp16`, `seed`.
+        world: the ranks that loaded it together; None: this process alone. With several, every
+            rank calls every method with the same arguments; they share the work, and every rank
+            gets all results.
     """
 
-    def __init__(self, ensemble: Ensemble, common: CommonConfig) -> None:
+    def __init__(
+        self, ensemble: Ensemble, common: CommonConfig, world: World | None = None
+    ) -> None:
         task, saved = ensemble.task, ensemble.configs[0]
         assert isinstance(task, LanguageModelingTask)
         self._ensemble, self._task = ensemble, task
         self.dictionary = task.source_dictionary
-        self.device = place(ensemble.models, common, GenerationConfig())
+        device = None if world is None else world.device
+        self.device = place(ensemble.models, common, GenerationConfig(), device)
+        self._ranks = Ranks(SingleWorld() if world is None else world, ensemble.models)
         self._encode, self._decode = build_codecs(saved.tokenizer, saved.bpe)
         self._scorer = TargetScorer(ensemble.models, self.dictionary.pad())
+        self._reader = BranchReader(ensemble.models, self.dictionary.pad())
         self._limit = min(model.max_positions() for model in ensemble.models)
 
     @property
@@ -93,7 +118,7 @@ class LanguageModel:
         prompt: str | None = None,
         *,
         end: bool = False,
-        start: str | None = None,
+        start: str | int | None = None,
     ) -> ScoredText: ...
 
     @overload
@@ -103,7 +128,7 @@ class LanguageModel:
         prompt: str | Sequence[str] | None = None,
         *,
         end: bool = False,
-        start: str | None = None,
+        start: str | int | None = None,
     ) -> list[ScoredText]: ...
 
     def score(
@@ -112,7 +137,7 @@ class LanguageModel:
         prompt: str | Sequence[str] | None = None,
         *,
         end: bool = False,
-        start: str | None = None,
+        start: str | int | None = None,
     ) -> ScoredText | list[ScoredText]:
         """Score raw text: one, or several at once.
 
@@ -159,7 +184,7 @@ class LanguageModel:
         skips: Sequence[int] | None = None,
         *,
         end: bool = False,
-        start: str | None = None,
+        start: str | int | None = None,
     ) -> list[tuple[list[int], list[float]]]:
         """Score sequences of ids, in batches by length.
 
@@ -180,28 +205,164 @@ class LanguageModel:
         pad = self.dictionary.pad()
         dataset = PromptDataset(
             sequences,
-            start=self._start(start),
+            start=self.start_token(start),
             end=self.dictionary.eos() if end else pad,
             pad=pad,
         )
-        found: list[tuple[list[int], list[float]]] = [([], [])] * len(sequences)
-        with unchanging(self._ensemble.models):
-            for batch in dataset.batches(max_tokens=DEFAULT_MAX_TOKENS):
-                sample = dataset.collate(batch)
-                target = self._targets(sample["target"])
-                for row, i in enumerate(sample["id"].tolist()):
-                    target[row, : 0 if skips is None else skips[i]] = pad
-                inputs = to_device(sample["net_input"], self.device)
-                scores = self._scorer.score(inputs, target.to(self.device)).cpu()
-                for row, i in enumerate(sample["id"].tolist()):
-                    real = target[row].ne(pad)
-                    found[i] = (sample["target"][row][real].tolist(), scores[row][real].tolist())
-        return found
+
+        def score(batch: Sequence[int]) -> dict[int, tuple[list[int], list[float]]]:
+            sample = dataset.collate(batch)
+            target = self._targets(sample["target"])
+            for row, i in enumerate(sample["id"].tolist()):
+                target[row, : 0 if skips is None else skips[i]] = pad
+            inputs = to_device(sample["net_input"], self.device)
+            scores = self._scorer.score(inputs, target.to(self.device)).cpu()
+            found = {}
+            for row, i in enumerate(sample["id"].tolist()):
+                real = target[row].ne(pad)
+                found[i] = (sample["target"][row][real].tolist(), scores[row][real].tolist())
+            return found
+
+        return self._ranks.batches(dataset, score)
 
     def _targets(self, target: Tensor) -> Tensor:
         """What the models can predict: a smaller vocabulary knows the rest as unknown."""
         known = self._task.target_dictionary
         return target.masked_fill(target >= len(known), known.unk())
+
+    @torch.inference_mode()
+    def score_branches(
+        self,
+        requests: Sequence[Branches],
+        *,
+        context_scores: bool = False,
+        max_tokens: int | None = None,
+        start: str | int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[BranchScores]:
+        """Score continuations of contexts; what they begin with in common is computed once.
+
+        That is each context for all its continuations, and what many contexts begin with, as the
+        examples of few-shot prompts. Scores depend neither on the order of requests nor on
+        `max_tokens`; but for mixtures of experts that drop tokens, see docs/moe.md.
+
+        Args:
+            requests: contexts, each with its continuations.
+            context_scores: score the tokens of the contexts, too.
+            max_tokens: computed at a time; a single request may have more.
+            start: see `score`.
+            progress: called with how many requests are done so far; of several ranks with this
+                one's, and with all in the end.
+
+        Returns:
+            Scores in the order of the requests.
+
+        Raises:
+            ConfigError: a continuation and its context are longer than the model takes.
+        """
+        for i, request in enumerate(requests):
+            longest = max(map(len, request.continuations), default=0)
+            self._check_branch(i, len(request.context), longest)
+        units, places = collect(requests, self.start_token(start), context_scores=context_scores)
+        pick = pick_scores(*self._predicted())
+        log_probs, greedy = self._read(units, pick, max_tokens, progress)
+        if progress is not None and self._ranks.world.size > 1:
+            progress(len(requests))
+        return [scores_of(each, log_probs, greedy) for each in places]
+
+    @torch.inference_mode()
+    def rank_tokens(
+        self,
+        contexts: Sequence[npt.NDArray[np.int64]],
+        wanted: Sequence[int],
+        *,
+        top: int = 10,
+        among: Sequence[int] | None = None,
+        max_tokens: int | None = None,
+        start: str | int | None = None,
+    ) -> list[Ranked]:
+        """Where tokens stand among all that could follow contexts.
+
+        Args:
+            contexts: ids without start symbol.
+            wanted: a token for each.
+            top: how many of the likeliest to name.
+            among: the tokens that count, as candidates for an answer; None: the whole dictionary.
+                A wanted one need not be among them. Probabilities are of all in any case.
+            max_tokens: see `score_branches`.
+            start: see `score`.
+
+        Returns:
+            Ranks in the order of the contexts.
+
+        Raises:
+            ConfigError: a context is longer than the model takes, there are not as many wanted
+                tokens, or nothing is asked for.
+        """
+        if len(contexts) != len(wanted):
+            raise ConfigError(f"rank_tokens(): {len(contexts)} contexts, {len(wanted)} tokens")
+        if top < 1 or (among is not None and not len(among)):
+            raise ConfigError(f"rank_tokens(): top={top} among {among}: expected at least one")
+        for i, context in enumerate(contexts):
+            self._check_branch(i, len(context), 1)
+        requests = [
+            Branches(context, (np.array([token], dtype=np.int64),))
+            for context, token in zip(contexts, wanted, strict=True)
+        ]
+        units, places = collect(requests, self.start_token(start))
+        counted = None if among is None else torch.tensor(sorted(set(among)), device=self.device)
+        pick = pick_ranks(*self._predicted(), top=top, among=counted)
+        log_probs, ranks, best = self._read(units, pick, max_tokens)
+        rows = [each.continuations[0].start for each in places]
+        return [Ranked(int(ranks[i]), float(log_probs[i]), tuple(best[i].tolist())) for i in rows]
+
+    def _read(
+        self,
+        units: Sequence[Unit],
+        pick: Pick,
+        max_tokens: int | None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Numbers:
+        """What all ranks find out about units."""
+        if max_tokens is None:
+            max_tokens = _TOKENS_ON_CPU if self.device.type == "cpu" else DEFAULT_MAX_TOKENS
+        if max_tokens < 1:
+            raise ConfigError(f"max_tokens={max_tokens}: expected 1 or more")
+        return self._ranks.units(
+            units,
+            lambda part: self._reader.read(part, pick, max_tokens=max_tokens, progress=progress),
+        )
+
+    def _predicted(self) -> tuple[int, int]:
+        """How many tokens can be predicted, and what the others are scored as."""
+        return len(self._task.target_dictionary), self._task.target_dictionary.unk()
+
+    def start_token(self, symbol: str | int | None = None) -> int:
+        """The id of the symbol that a text begins with.
+
+        Args:
+            symbol: another than the model's own, or its id.
+
+        Raises:
+            ConfigError: it is not in the dictionary.
+        """
+        if symbol is None:
+            return self._task.first_token
+        if isinstance(symbol, int):
+            known, index = 0 <= symbol < len(self.dictionary), symbol
+        else:
+            known, index = symbol in self.dictionary, self.dictionary.index(symbol)
+        if not known:
+            raise ConfigError(f"start={symbol!r}: not in the model's dictionary")
+        return index
+
+    def _check_branch(self, number: int, context: int, continuation: int) -> None:
+        # The last token is predicted and never read: there is room for one more than in a text.
+        if context + continuation > self._limit:
+            raise ConfigError(
+                f"request {number} has {context} tokens of context and {continuation} behind it;"
+                f" the model takes {self._limit} together: cut the context"
+            )
 
     @overload
     def sample(
@@ -210,7 +371,7 @@ class LanguageModel:
         *,
         echo: bool = True,
         seed: int | None = None,
-        start: str | None = None,
+        start: str | int | None = None,
         **options: Any,
     ) -> str: ...
 
@@ -221,7 +382,7 @@ class LanguageModel:
         *,
         echo: bool = True,
         seed: int | None = None,
-        start: str | None = None,
+        start: str | int | None = None,
         **options: Any,
     ) -> list[str]: ...
 
@@ -231,7 +392,7 @@ class LanguageModel:
         *,
         echo: bool = True,
         seed: int | None = None,
-        start: str | None = None,
+        start: str | int | None = None,
         **options: Any,
     ) -> str | list[str]:
         """Go on from raw text: one prefix, or several at once.
@@ -266,7 +427,7 @@ class LanguageModel:
         lines: Sequence[str],
         *,
         seed: int | None = None,
-        start: str | None = None,
+        start: str | int | None = None,
         **options: Any,
     ) -> list[Translated]:
         """As `sample`, with scores and every output (`nbest`); scores count the prefix."""
@@ -285,9 +446,11 @@ class LanguageModel:
         generator, dataset = self._going_on(prompts, cfg, seed, start)
         texts = Texts(self.dictionary, self.dictionary, decode=self._decode)
         session = Session(generator, self._ensemble.models, texts, cfg, device=self.device)
-        with unchanging(self._ensemble.models):
-            found = generate_in_order(session, dataset, max_tokens=DEFAULT_MAX_TOKENS)
-        return [record for record, _ in found]
+
+        def generate(batch: Sequence[int]) -> dict[int, Translated]:
+            return {one.id: one for one in session.translate(dataset.collate(batch))}
+
+        return self._ranks.batches(dataset, generate)
 
     def complete(
         self,
@@ -296,7 +459,7 @@ class LanguageModel:
         until: Sequence[str] = (),
         max_new_tokens: int = 256,
         seed: int | None = None,
-        start: str | None = None,
+        start: str | int | None = None,
         **options: Any,
     ) -> list[str]:
         """What comes behind prompts given as ids, up to the first of some strings.
@@ -350,7 +513,7 @@ class LanguageModel:
         *,
         max_new_tokens: int,
         seed: int | None = None,
-        start: str | None = None,
+        start: str | int | None = None,
         **options: Any,
     ) -> list[list[int]]:
         """Go on from ids: the likeliest tokens, or with sampling=True drawn ones.
@@ -376,15 +539,17 @@ class LanguageModel:
         lengths = {"max_len_a": 1.0, "max_len_b": max_new_tokens - 1}
         cfg = generation_config({"beam": 1, "min_len": 0, **options, **lengths}, "continue_tokens")
         generator, dataset = self._going_on(prompts, cfg, seed, start)
-        found: list[list[int]] = [[]] * len(prompts)
-        with unchanging(self._ensemble.models):
-            for batch in dataset.batches(max_tokens=DEFAULT_MAX_TOKENS):
-                sample = to_device(dataset.collate(batch), self.device)
-                results = generator.generate(sample)
-                for i, hypotheses in zip(sample["id"].tolist(), results, strict=True):
-                    tokens = hypotheses[0].tokens.tolist()[len(prompts[i]) :]
-                    found[i] = tokens[:-1] if tokens[-1:] == [generator.eos] else tokens
-        return found
+
+        def generate(batch: Sequence[int]) -> dict[int, list[int]]:
+            sample = to_device(dataset.collate(batch), self.device)
+            results = generator.generate(sample)
+            found = {}
+            for i, hypotheses in zip(sample["id"].tolist(), results, strict=True):
+                tokens = hypotheses[0].tokens.tolist()[len(prompts[i]) :]
+                found[i] = tokens[:-1] if tokens[-1:] == [generator.eos] else tokens
+            return found
+
+        return self._ranks.batches(dataset, generate)
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> str:
         """The text of ids: the way back from `encode`, as far as there is one."""
@@ -395,10 +560,10 @@ class LanguageModel:
         prompts: Sequence[npt.NDArray[np.int64]],
         cfg: GenerationConfig,
         seed: int | None,
-        start: str | None,
+        start: str | int | None,
     ) -> tuple[ContinuationGenerator, PromptDataset]:
         """What goes on from prompts, and the prompts as it reads them."""
-        first, pad = self._start(start), self.dictionary.pad()
+        first, pad = self.start_token(start), self.dictionary.pad()
         generator = ContinuationGenerator(
             self._ensemble.models,
             self._task.target_dictionary,
@@ -407,13 +572,6 @@ class LanguageModel:
             seed=self._task.run.common.seed if seed is None else seed,
         )
         return generator, PromptDataset(prompts, start=first, end=pad, pad=pad)
-
-    def _start(self, symbol: str | None) -> int:
-        if symbol is None:
-            return self._task.first_token
-        if symbol not in self.dictionary:
-            raise ConfigError(f"start={symbol!r}: not in the model's dictionary")
-        return self.dictionary.index(symbol)
 
     def _check_length(self, number: int, tokens: int) -> None:
         if tokens > self.max_tokens:
