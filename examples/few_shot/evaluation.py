@@ -140,7 +140,8 @@ class Evaluation:
             rows = results.read_rows(path)
             predictions = results.predictions_of(rows, [q.sample for q in self.questions], path)
             trials.append((predictions, math.nan))
-        found = self.results(trials, 0.0) | {"times": old.get("times"), "model": old.get("model")}
+        kept = {name: old.get(name) for name in ("times", "model", "versions")}
+        found = self.results(trials, 0.0) | kept
         if self.is_main:
             results.write_results(self.planned.results_file, found)
         return found
