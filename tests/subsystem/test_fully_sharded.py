@@ -66,14 +66,14 @@ Cases = dict[str, tuple[list[str], int]]
 
 # Name -> the flags, and how many updates. What begins with "lm" is of the language model.
 REFERENCES: Cases = {
-    "adam": ([*TRANSLATION, *ADAM], 10),
-    "nag": ([*TRANSLATION, *NAG], 10),
+    "adam": ([*TRANSLATION, *ADAM], 5),
+    "nag": ([*TRANSLATION, *NAG], 5),
     "short": ([*TRANSLATION, *ADAM], 4),
     "bf16": ([*TRANSLATION, *ADAM, "--bf16"], 4),
     "fp16": ([*TRANSLATION, *ADAM, *FP16], 4),
     "overflow": ([*TRANSLATION, *ADAM, "--fp16", "--fp16-init-scale", str(2**22)], 14),
     "bleu": ([*TRANSLATION, *ADAM, *BLEU], 4),
-    "lm": ([*LANGUAGE_MODEL, *ADAM], 10),
+    "lm": ([*LANGUAGE_MODEL, *ADAM], 5),
     **{name: ([*TRANSLATION, *flags], 2) for name, flags in ELEMENTWISE.items()},
 }
 
