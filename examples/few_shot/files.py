@@ -62,6 +62,31 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
         raise DataError(f"{path}: cannot be read as UTF-8 text: {e}") from None
 
 
+def read_text(path: Path) -> str:
+    """A whole file, as it is.
+
+    Raises:
+        DataError: the file is not to be read, or is not UTF-8.
+    """
+    try:
+        with open_text(path) as file:
+            return file.read()
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as e:
+        raise DataError(f"{path}: cannot be read as UTF-8 text: {e}") from None
+
+
+def read_json(path: Path) -> Any:
+    """A file that is one JSON value.
+
+    Raises:
+        DataError: it is not.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as e:
+        raise DataError(f"{path}:{e.lineno}: is not JSON: {e.msg} at column {e.colno}") from None
+
+
 def read_jsonl(path: Path) -> Iterator[Row]:
     """JSON objects, one a line; empty lines are left out.
 

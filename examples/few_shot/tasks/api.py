@@ -35,6 +35,9 @@ Kind = Literal["choice", "generation", "ranking", "perplexity"]
 Paths = str | tuple[str, ...]
 
 
+NO_CONFIG = NoConfig()
+
+
 class FewShotTask(ABC):
     """Samples of one task.
 
@@ -44,7 +47,7 @@ class FewShotTask(ABC):
         sets: set name -> its file below the data folder, or several where it may be called
             differently (the first that is there counts); `{lang}` stands for the language.
         train_set: where shots come from by default; None: it takes no shots.
-        eval_set: what is evaluated by default.
+        eval_set: what is evaluated by default; None: the user names a file.
         languages: those it has, if it has several; the first is not special.
         template: the template by default.
         metrics: names of its metrics, the preferred one first; see `metrics/api.py`.
@@ -64,7 +67,7 @@ class FewShotTask(ABC):
     name: str = ""
     sets: ClassVar[Mapping[str, Paths]] = {}
     train_set: ClassVar[str | None] = None
-    eval_set: ClassVar[str] = "val"
+    eval_set: ClassVar[str | None] = "val"
     languages: ClassVar[tuple[str, ...]] = ()
     template: ClassVar[str] = ""
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
@@ -74,7 +77,7 @@ class FewShotTask(ABC):
     stop: ClassVar[tuple[str, ...]] = ("\n",)
     description: ClassVar[str] = ""
 
-    def __init__(self, cfg: Any = NoConfig(), *, language: str | None = None,
+    def __init__(self, cfg: Any = NO_CONFIG, *, language: str | None = None,
                  data_dir: Path = files.DEFAULT_DATA_DIR) -> None:  # fmt: skip
         self.cfg = cfg
         self.language = language
@@ -98,7 +101,7 @@ class FewShotTask(ABC):
         for row, where in self.rows(path):
             try:
                 found = self.sample(row, where)
-            except (KeyError, IndexError, TypeError, ValueError) as e:
+            except (AttributeError, KeyError, IndexError, TypeError, ValueError) as e:
                 reason = f"has no field {e}" if isinstance(e, KeyError) else str(e)
                 raise DataError(f"{where}: is no row of {self.name}: {reason}") from None
             if found is not None:

@@ -1,0 +1,164 @@
+"""Questions of school exams and common knowledge with a few choices each: ARC and its format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from examples.few_shot import files
+from examples.few_shot.samples import FewShotSample, choice
+from examples.few_shot.tasks.api import TASKS, FewShotTask
+from fairseq_lite.config.flags import flag
+from fairseq_lite.errors import DataError
+
+
+class ScienceTask(FewShotTask):
+    """A question with labelled choices in ARC's JSON lines, or as `query`, `choices` and `gold`.
+
+    The candidates are the labels. Samples have the fields `question`, `texts` (of the choices) and
+    `context` (empty but where paragraphs are asked for); what a row calls `query` and `choices`
+    stays, for the template `query`.
+    """
+
+    train_set, eval_set = "train", "dev"
+    template = "arc_old"
+
+    def sample(self, row: dict[str, Any], where: str) -> FewShotSample | None:
+        question, choices, key = _flat(row) if "query" in row else _nested(row)
+        labels = list(choices)
+        if key and key not in choices:
+            raise DataError(f"{where}: the answer is {key!r}; choices are {', '.join(labels)}")
+        data = {
+            "question": question,
+            "texts": list(choices.values()),
+            "context": self.context(row, where),
+            **{field: row[field] for field in ("query", "choices") if field in row},
+        }
+        return choice(data, labels, labels.index(key) if key else None, where)
+
+    def context(self, row: Mapping[str, Any], where: str) -> str:
+        """What is said in front of the question."""
+        return ""
+
+
+def _nested(row: Mapping[str, Any]) -> tuple[str, dict[str, str], str | None]:
+    """Question, choices and the right label of a row in ARC's format."""
+    question = row["question"]
+    choices = {each["label"]: each["text"].strip() for each in question["choices"]}
+    return question["stem"].strip(), choices, row.get("answerKey")
+
+
+def _flat(row: Mapping[str, Any]) -> tuple[str, dict[str, str], str]:
+    """Of a row with `query`; lettered choices may stand inside the query."""
+    query, lettered, listed = row["query"].removeprefix("Question: ").partition("\nChoices:\n")
+    texts = row["choices"]
+    if lettered:
+        texts = [line.partition(". ")[2] for line in listed.removesuffix("\nAnswer:").split("\n")]
+    if len(texts) != len(row["choices"]):
+        raise ValueError(f"{len(texts)} choices in its query, {len(row['choices'])} beside it")
+    choices = dict(zip("ABCDEFGH", texts, strict=False))
+    return query.strip(), choices, list(choices)[row["gold"]]
+
+
+def _arc(name: str) -> dict[str, tuple[str, ...]]:
+    parts = {"train": "Train", "dev": "Dev", "test": "Test"}
+    return {
+        each: tuple(f"{root}/{name}/{name}-{part}.jsonl" for root in ("ARC-V1-Feb2018-2", "arc"))
+        for each, part in parts.items()
+    }
+
+
+@TASKS.register("arceasy")
+class ARCEasy(ScienceTask):
+    """The easy set of the AI2 Reasoning Challenge (Clark et al. 2018)."""
+
+    sets = _arc("ARC-Easy")
+    sets["test"] += ("llmfoundry/arc_easy.jsonl",)
+
+
+@TASKS.register("arcchallenge")
+class ARCChallenge(ScienceTask):
+    """The challenge set of the AI2 Reasoning Challenge (Clark et al. 2018)."""
+
+    sets = _arc("ARC-Challenge")
+    sets["test"] += ("llmfoundry/arc_challenge.jsonl",)
+
+
+@TASKS.register("openbookqa")
+class OpenBookQA(ScienceTask):
+    """OpenBookQA (Mihaylov et al. 2018), without its book of facts."""
+
+    sets = {  # noqa: RUF012
+        each: (f"OpenBookQA-V1-Sep2018/Data/Main/{each}.jsonl", f"openbookqa/{each}.jsonl")
+        for each in ("train", "dev", "test")
+    }
+    sets["test"] += ("llmfoundry/openbook_qa.jsonl",)
+    template = "openbookqa"
+
+
+@TASKS.register("commonsenseqa")
+class CommonsenseQA(ScienceTask):
+    """CommonsenseQA (Talmor et al. 2019); the answers of its test set are not public."""
+
+    sets = {  # noqa: RUF012
+        "train": "commonsenseqa/train_rand_split.jsonl",
+        "dev": ("commonsenseqa/dev_rand_split.jsonl", "llmfoundry/commonsense_qa.jsonl"),
+        "test": "commonsenseqa/test_rand_split_no_answers.jsonl",
+    }
+
+
+@dataclass(frozen=True)
+class ExamsConfig:
+    """How much is said in front of a question."""
+
+    max_hits_cnt: int = flag(
+        0, "EXAMS: paragraphs per choice in front of the question, from the files with_paragraphs"
+    )
+
+
+_EXAMS_LANGUAGES = {
+    "bg": "Bulgarian", "hr": "Croatian", "hu": "Hungarian", "it": "Italian",
+    "mk": "North Macedonian", "pl": "Polish", "pt": "Portuguese", "sq": "Albanian",
+    "sr": "Serbian", "tr": "Turkish", "vi": "Vietnamese",
+}  # fmt: skip
+
+
+@TASKS.register("exams", config=ExamsConfig)
+class Exams(ScienceTask):
+    """EXAMS, its multilingual part (Hardalov et al. 2020); one file has all languages.
+
+    A paragraph may be a text or a list of texts in the field `para` of a choice; a text counts as
+    one paragraph.
+    """
+
+    cfg: ExamsConfig
+    sets = {  # noqa: RUF012
+        each: (f"exams/multilingual/{each}.jsonl", f"exams/{each}.jsonl")
+        for each in ("train", "dev", "test")
+    }
+    languages = tuple(_EXAMS_LANGUAGES)
+    template = "exams"
+
+    def path(self, set_name: str) -> Path:
+        if self.cfg.max_hits_cnt and set_name in self.sets:
+            name = f"{set_name}_with_para.jsonl"
+            folders = ("exams/multilingual/with_paragraphs", "exams/with_paragraphs", "exams")
+            names = tuple(f"{folder}/{name}" for folder in folders)
+            return files.existing(self.name, self.data_dir, names)
+        return super().path(set_name)
+
+    def sample(self, row: dict[str, Any], where: str) -> FewShotSample | None:
+        # "@" stands for an answer that was lost when the exam was read.
+        mine = row["info"]["language"] == _EXAMS_LANGUAGES[self.language or ""]
+        return super().sample(row, where) if mine and row["answerKey"] != "@" else None
+
+    def context(self, row: Mapping[str, Any], where: str) -> str:
+        found: dict[str, None] = {}
+        for each in row["question"]["choices"] if self.cfg.max_hits_cnt else ():
+            if "para" not in each:
+                raise DataError(f"{where}: has no `para`, which --max-hits-cnt needs")
+            hits = [each["para"]] if isinstance(each["para"], str) else each["para"]
+            found.update(dict.fromkeys(hit.strip() for hit in hits[: self.cfg.max_hits_cnt]))
+        return " ".join(filter(None, found))
