@@ -173,7 +173,7 @@ def encode(prompt: Prompt, sequences: Sequence[Ids], encoding: Encoding) -> Enco
     tails = [tail[-encoding.limit :] for tail in tails]
     return Encoded(
         prompt,
-        ScoreRequest(context[cut:], tuple(tails)),
+        ScoreRequest(context[cut:], tuple(tails), unprompted=not prompt.before),
         tuple(start - fork for start in starts),
         min(common_suffix(sequences), *(len(tail) for tail in tails)) if len(tails) > 1 else 0,
         over,

@@ -94,7 +94,9 @@ class EvaluationOptions:
     fp16: bool = flag(False, "compute in float16 (CUDA)")
     bf16: bool = flag(False, "compute in bfloat16")
     cpu: bool = flag(False, "use no GPU")
-    distributed_world_size: int = flag(1, "processes")
+    distributed_world_size: int | None = flag(
+        None, "processes (default: one, or those that torchrun or Slurm started)"
+    )
     distributed_port: int | None = flag(None, "where they meet under Slurm")
     user_dir: str | None = flag(None, "a folder of plugins: architectures, tasks, templates")
     debug: bool = flag(False, "show tracebacks of users' errors, too")
@@ -318,9 +320,10 @@ def _plan_task(
             " it out"
         )
     templates = as_names(said.get("template", kind.template), f"{name}_template")
-    sets = as_names(
-        said.get("eval_set", given.get("any_eval_set", kind.eval_set)), f"{name}_eval_set"
-    )
+    chosen = said.get("eval_set", given.get("any_eval_set", kind.eval_set))
+    if chosen is None:
+        raise ConfigError(f"{name} has no files of its own: say --{name}-eval-set FILE")
+    sets = as_names(chosen, f"{name}_eval_set")
     languages: tuple[str | None, ...] = (None,)
     if kind.languages:
         languages = as_names(
@@ -330,7 +333,7 @@ def _plan_task(
             _check_language(name, kind, language)
     elif "languages" in said:
         raise ConfigError(f"--{name}-languages: {name} is in one language; leave it out")
-    values = given.get("nb_few_shot_samples_values", DEFAULT_SHOTS)
+    values = given.get("nb_few_shot_samples_values", _default_shots(kind, options, said))
     if isinstance(values, int):
         values = (values,)
     if not values or not all(isinstance(k, int) and k >= 0 for k in values):
@@ -356,6 +359,15 @@ def _plan_task(
                         )
                     )
     return found
+
+
+def _default_shots(
+    kind: Any, options: EvaluationOptions, said: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """Of the usual numbers of shots those that a task can have."""
+    if said.get("train_set", options.any_train_set or kind.train_set) is None:
+        return (0,)
+    return tuple(k for k in DEFAULT_SHOTS if kind.max_shots is None or k <= kind.max_shots)
 
 
 def _evaluation(

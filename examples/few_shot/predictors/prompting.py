@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -150,13 +150,10 @@ class CLMPrompting(Predictor):
         (question, scores), *reduced = found
         sample = question.encoded.prompt.sample
         known = self._token_scores(question.encoded, scores, unconditional)
+        copies = [self._token_scores(c.encoded, its, unconditional) for c, its in reduced]
         raw = [scoring.score(each, self.options.scoring) for each in known]
         calibrating = [
-            [
-                scoring.score(each, self.options.scoring)
-                for each in self._token_scores(copy.encoded, its, unconditional)
-            ]
-            for copy, its in reduced
+            [scoring.score(each, self.options.scoring) for each in copy] for copy in copies
         ]
         means = calibration.average(calibrating, len(raw))
         candidates = []
@@ -166,9 +163,9 @@ class CLMPrompting(Predictor):
                 meta["calib_score"] = means[j]
                 if self.options.add_calib:
                     meta["calib_metas"] = [
-                        {"option": option, "score": each[j]}
-                        for option, each in zip(
-                            self.options.calibration_options, calibrating, strict=True
+                        {"option": option, "score": its_scores[j], **_kept(copy[j])}
+                        for option, its_scores, copy in zip(
+                            self.options.calibration_options, calibrating, copies, strict=True
                         )
                     ]
             candidates.append(ScoredCandidate(name, raw[j] - means[j], meta))
@@ -213,15 +210,8 @@ class CLMPrompting(Predictor):
             "ppl": scoring.perplexity(math.fsum(known.tail), len(known.tail)),
             "ppl_full": scoring.perplexity(known.total, known.tokens),
             "greedy": scores.greedy[j],
-            "context_score": None if known.skipped else known.context,
-            "context_tokens": known.context_tokens,
-            "tail_scores": list(known.tail),
-            "start": known.start,
-            "suffix": known.suffix,
-            "characters": known.characters,
+            **_kept(known),
         }
-        if known.unconditional is not None:
-            meta["unconditional_scores"] = list(known.unconditional)
         if self.options.add_prompt:
             meta["prompt"] = encoded.prompt.texts[j]
         if self.options.add_positional_scores:
@@ -244,7 +234,9 @@ class CLMPrompting(Predictor):
                 self.encoding, room,
             )  # fmt: skip
             prompts.append(prompt)
-            requests.append(GenerateRequest(prompt.before.rstrip(" "), room, trial.task.stop))
+            ids = self.encoding(prompt.before.rstrip(" "))
+            ids = ids[-max(self.encoding.limit - room, 1) :]
+            requests.append(GenerateRequest(ids, room, trial.task.stop))
         written = self.lm.generate(requests, beam=self.options.beam_size, progress=trial.progress)
         found = []
         for prompt, text in zip(prompts, written, strict=True):
@@ -332,3 +324,33 @@ class CLMPrompting(Predictor):
     @staticmethod
     def _description(trial: Trial) -> str:
         return trial.template.task_description or trial.task.description
+
+
+def _kept(known: scoring.TokenScores) -> dict[str, Any]:
+    """What every scoring can be made from again; see `scoring.TokenScores`."""
+    found = {
+        "context_score": None if known.skipped else known.context,
+        "context_tokens": known.context_tokens,
+        "tail_scores": list(known.tail),
+        "start": known.start,
+        "suffix": known.suffix,
+        "characters": known.characters,
+    }
+    if known.unconditional is not None:
+        found["unconditional_scores"] = list(known.unconditional)
+    return found
+
+
+def token_scores(meta: Mapping[str, Any]) -> scoring.TokenScores:
+    """What `_kept` kept."""
+    unconditional = meta.get("unconditional_scores")
+    return scoring.TokenScores(
+        meta["context_score"] or 0.0,
+        meta["context_tokens"],
+        tuple(meta["tail_scores"]),
+        meta["start"],
+        meta["suffix"],
+        meta["characters"],
+        None if unconditional is None else tuple(unconditional),
+        meta["context_score"] is None,
+    )

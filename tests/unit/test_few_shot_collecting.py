@@ -1,0 +1,198 @@
+"""Many results as one table."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.few_shot import collecting, report, results
+from examples.few_shot.evaluation import Evaluation
+from examples.few_shot.models.dummy import DummyModel
+from examples.few_shot.scripts import collect_results
+from examples.few_shot.settings import plan
+from fairseq_lite.errors import ConfigError, DataError
+
+
+class Longer(DummyModel):
+    """Another model: it has an opinion of its own about every token."""
+
+    @staticmethod
+    def _log_probs(ids: Any) -> Any:
+        return DummyModel._log_probs(ids[::-1])[::-1]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of two models with 0 and 2 shots, three trials, one of them calibrated."""
+    root = tmp_path_factory.mktemp("collect")
+    folder = root / "data" / "COPA"
+    folder.mkdir(parents=True)
+    rows = [
+        {"premise": f"Number {i} fell.", "choice1": f"It was loose {i}.", "choice2": f"I held {i}.",
+         "question": "cause", "label": i % 2} for i in range(9)
+    ]  # fmt: skip
+    for name in ("train", "val"):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    for name, model in (("small", DummyModel()), ("large", Longer())):
+        for one in plan(
+            name, tasks="copa", nb_few_shot_samples_values=[0, 2], num_trials=3, scoring="mean",
+            data_dir=str(root / "data"), results_dir=str(root / "out" / name),
+            calibrator_name="average_option", copa_calibration_options=["premise::"],
+            add_calib_to_meta=True,
+        ):  # fmt: skip
+            Evaluation(one, model).run()
+    return root / "out"
+
+
+def collect(*words: object) -> None:
+    collect_results.main([str(word) for word in words])
+
+
+def test_models_stand_side_by_side(evaluated: Path, tmp_path: Path) -> None:
+    out = tmp_path / "t.tsv"
+    collect("-i", evaluated, "-o", out, "-v", "by_run_params_simple")
+    head, *lines = [line.split("\t") for line in out.read_text().splitlines()]
+    assert head[-2:] == ["large", "small"]
+    assert [line[head.index("nb_few_shot_samples")] for line in lines] == ["0", "2"]
+    rows = {(r["model_name"], r["nb_few_shot_samples"]): r
+            for r in collecting.load(collecting.results_files([str(evaluated)]))}  # fmt: skip
+    for line, k in zip(lines, (0, 2), strict=True):
+        for column, model in ((-2, "large"), (-1, "small")):
+            values = rows[model, k]["accuracy"]
+            assert line[column].startswith(f"{values['mean']:.2f}")
+            assert ("±" in line[column]) == (k == 2 and values["std"] > 0)
+
+
+def test_everything_is_kept_beside_the_table(evaluated: Path, tmp_path: Path) -> None:
+    out = tmp_path / "t.tsv"
+    collect("-i", evaluated / "small", "-o", out, "-v", "raw")
+    raw = [json.loads(line) for line in (tmp_path / "t.tsv.raw.jsonl").read_text().splitlines()]
+    assert len(raw) == 2
+    head, *lines = [line.split("\t") for line in out.read_text().splitlines()]
+    assert lines[0][head.index("_metric")] == "accuracy"
+    assert float(lines[0][head.index("_metric_val")]) == raw[0]["accuracy"]["mean"]
+    assert "settings::scoring" in head
+
+
+def test_a_table_grows_by_what_is_new(evaluated: Path, tmp_path: Path) -> None:
+    out = tmp_path / "t.tsv"
+    for _ in range(2):
+        collect("-i", evaluated / "small", "-o", out)
+    assert len(out.read_text().splitlines()) == 3
+    collect("-i", evaluated / "large", "-o", out)
+    assert len(out.read_text().splitlines()) == 5
+    with pytest.raises(DataError, match="has other columns.*--overwrite-output"):
+        collect("-i", evaluated, "-o", out, "-v", "raw")
+    collect("-i", evaluated, "-o", out, "-v", "raw", "--overwrite-output")
+
+
+@pytest.mark.parametrize("view", list(collecting.VIEWS))
+def test_every_view_has_rows(
+    evaluated: Path, view: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    collect("-i", evaluated, "-v", view)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 3
+    assert len({line.count("\t") for line in lines}) == 1
+
+
+def test_recalculated_accuracies_are_those_that_were_reported(evaluated: Path) -> None:
+    # `mean` with calibration is what the evaluations themselves counted.
+    for row in collecting.load(collecting.results_files([str(evaluated)])):
+        again = collecting.recalculated(row)
+        assert again["accuracy_mean_calib"]["scores"] == row["accuracy"]["scores"]
+        assert {"accuracy_sum", "accuracy_mean_full", "accuracy_sum_charnorm"} <= set(again)
+        assert ("accuracy_mean_ensemble" in again) == (row["nb_few_shot_samples"] == 2)
+
+
+def test_recalculated_sums_are_those_of_an_evaluation_by_sum(evaluated: Path) -> None:
+    (row,) = (
+        r for r in collecting.load(collecting.results_files([str(evaluated / "small")]))
+        if r["nb_few_shot_samples"] == 0
+    )  # fmt: skip
+    (one,) = plan(
+        "small", tasks="copa", nb_few_shot_samples_values=0, scoring="sum",
+        data_dir=str(evaluated.parent / "data"), results_dir=str(evaluated.parent / "sum"),
+    )  # fmt: skip
+    found = Evaluation(one, DummyModel()).run()
+    assert collecting.recalculated(row)["accuracy_sum"]["scores"] == found["accuracy"]["scores"]
+
+
+def test_an_ensemble_is_the_mean_of_probabilities_or_the_most_votes() -> None:
+    trials = [[[math.log(0.9), math.log(0.1)]], [[math.log(0.3), math.log(0.7)]],
+              [[math.log(0.4), math.log(0.6)]]]  # fmt: skip
+    ((mean,),) = ([each for each in collecting._mean(trials)],)
+    assert mean == pytest.approx([1.6 / 3, 1.4 / 3])
+    assert collecting._votes(trials) == [[1.0, 2.0]]
+
+
+def test_recalculation_needs_predictions_with_scores(evaluated: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="predictions.jsonl: No such file"):
+        collect("-i", evaluated, "-r", "--predictions-dir", tmp_path)
+
+
+def test_pages_have_a_table_and_a_picture_of_each_task(evaluated: Path, tmp_path: Path) -> None:
+    page, text = tmp_path / "r.html", tmp_path / "r.md"
+    collect("-i", evaluated, "--html", page, "--markdown", text, "--plots", tmp_path / "plots",
+            "-o", tmp_path / "t.tsv")  # fmt: skip
+    (picture,) = (tmp_path / "plots").glob("*.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"](plots/{picture.name})" in text.read_text()
+    assert "| small |" in text.read_text().splitlines()[0]
+    shown = page.read_text()
+    assert shown.count("<tr>") == 3 and "data:image/png;base64," in shown
+    assert not re.search(r"(src|href)=\"http", shown)
+
+
+def test_curves_have_a_point_for_each_number_of_shots(evaluated: Path) -> None:
+    rows = collecting.load(collecting.results_files([str(evaluated)]))
+    ((title, metric, lines),) = report.curves(rows)
+    assert metric == "accuracy" and title.startswith("copa copa val mean average_option")
+    assert {model: [point[0] for point in points] for model, points in lines.items()} == {
+        "small": [0, 2], "large": [0, 2],
+    }  # fmt: skip
+
+
+def test_what_is_damaged_is_left_out_and_told(
+    evaluated: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a_results.json").write_text('{"complete": true')
+    (tmp_path / "b_results.json").write_text('{"complete": false}')
+    whole = next((evaluated / "small").glob("*_results.json"))
+    (tmp_path / "c_results.json").write_bytes(whole.read_bytes())
+    found = collecting.load(collecting.results_files([str(tmp_path)]))
+    assert [Path(row["path"]).name for row in found] == ["c_results.json"]
+    assert caplog.text.count("left out") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-i", "no/such/folder"], "neither a folder nor a results file"),
+        (["-i", "no/such*"], "no folder or file has such a name"),
+        (["-i", "OUT", "-t", "cb"], "no results of these tasks and models; there are large: copa"),
+        (["-i", "OUT", "-t", "coppa"], "did you mean .*copa"),
+        (["-i", "OUT", "-m", "medium"], "no results of these tasks and models"),
+        (["-i", "OUT", "--view", "best"], "invalid choice"),
+        ([], "-i/--input"),
+    ],
+)
+def test_what_cannot_be_collected_is_told(evaluated: Path, words: list[str], message: str) -> None:
+    with pytest.raises((ConfigError, DataError), match=message):
+        collect(*(str(evaluated) if word == "OUT" else word for word in words))
+
+
+def test_results_of_one_model_only(evaluated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    collect("-i", evaluated, "-m", "small", "-t", "copa")
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split("\t")[0] for line in lines] == ["small", "small"]
+
+
+def test_strictness_is_that_of_the_results() -> None:
+    assert results.strict(math.nan) is None
