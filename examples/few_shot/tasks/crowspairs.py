@@ -17,7 +17,7 @@ class CrowSPairs(FewShotTask):
 
     The candidate `sent_more` is the more stereotyping sentence. It counts as the gold one so that
     perplexities of both are told apart; it is no right answer. The field `prompt` is what the
-    sentence was written after, if prompts.csv lies beside the file.
+    sentence was written after, from prompts.csv beside the file; None without that.
     """
 
     sets = {  # noqa: RUF012
@@ -37,7 +37,7 @@ class CrowSPairs(FewShotTask):
             for row, _ in files.read_csv(path.with_name("prompts.csv")):
                 prompts[row.get("", "")] = row.get("prompt", "")
         for row, where in files.read_csv(path):
-            yield row | {"prompt": prompts.get(row.get("", ""), "")}, where
+            yield row | {"prompt": prompts.get(row.get("", ""))}, where
 
     def sample(self, row: dict[str, Any], where: str) -> FewShotSample | None:
         fields = ("sent_more", "sent_less", "stereo_antistereo", "bias_type", "prompt")

@@ -21,6 +21,12 @@ class HellaSwag(FewShotTask):
     template = "hellaswag"
 
     def sample(self, row: dict[str, Any], where: str) -> FewShotSample | None:
-        names = [str(n) for n in range(len(row["endings"]))]
-        label = row.get("label")
-        return choice(row, names, None if label in (None, "") else int(label), where)
+        endings, label = row["endings"], row.get("label")
+        # What follows is the beginning of a sentence that an ending goes on.
+        begun = row.get("ctx_b", "").strip()
+        context = row["ctx"]
+        if begun:
+            context = f"{row['ctx_a'].strip()} {begun[0].upper()}{begun[1:]}"
+        data = {"activity_label": row["activity_label"], "ctx": context, "endings": endings}
+        gold = None if label in (None, "") else int(label)
+        return choice(data, [str(n) for n in range(len(endings))], gold, where)

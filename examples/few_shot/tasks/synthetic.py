@@ -23,7 +23,6 @@ WORDS = {
     "symbolinsertion": "random_insertion_in_word",
     "reversedwords": "reversed_words",
 }
-UNSCRAMBLE = "Please unscramble the letters into a word, and write that word:"
 
 
 class Synthetic(FewShotTask):
@@ -33,7 +32,6 @@ class Synthetic(FewShotTask):
     """
 
     kind = "generation"
-    template = "synthetic"
     max_new_tokens = 10
 
     def sample(self, row: dict[str, Any], where: str) -> FewShotSample | None:
@@ -41,7 +39,7 @@ class Synthetic(FewShotTask):
         return FewShotSample(data, (), (row["completion"].strip(),), where=where)
 
 
-def _task(file: str, about: str, description: str) -> type[Synthetic]:
+def _task(file: str, about: str, template: str) -> type[Synthetic]:
     folders = ("gpt3_arithmetic", "gpt-3/data")
     names = tuple(f"{folder}/{file}.jsonl{gz}" for folder in folders for gz in ("", ".gz"))
     members = {
@@ -50,12 +48,12 @@ def _task(file: str, about: str, description: str) -> type[Synthetic]:
         "sets": {file: names},
         "train_set": file,
         "eval_set": file,
-        "description": description,
+        "template": template,
     }
     return type(f"Synthetic_{file}", (Synthetic,), members)
 
 
 for _name, _file in ARITHMETIC.items():
-    TASKS.register(_name)(_task(_file, "Arithmetic", ""))
+    TASKS.register(_name)(_task(_file, "Arithmetic", "synthetic"))
 for _name, _file in WORDS.items():
-    TASKS.register(_name)(_task(_file, "Scrambled words", UNSCRAMBLE))
+    TASKS.register(_name)(_task(_file, "Scrambled words", "unscrambling"))

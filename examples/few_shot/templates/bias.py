@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from examples.few_shot.samples import FewShotSample
 from examples.few_shot.templates.api import MASK, TEMPLATES, FewShotTemplate
+from fairseq_lite.errors import DataError
 
 
 @TEMPLATES.register("crowspairs")
@@ -22,6 +23,10 @@ class CrowSPairsPromptTemplate(CrowSPairsTemplate):
     """What the sentence was written after, and the sentence: `prompt::` calibrates it."""
 
     def encode(self, sample: FewShotSample) -> str:
+        if sample["prompt"] is None:
+            raise DataError(
+                f"{sample.where}: needs prompts.csv beside its file"
+            )
         return " ".join(filter(None, [sample["prompt"], MASK]))
 
 

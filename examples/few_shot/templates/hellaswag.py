@@ -21,7 +21,7 @@ class HellaSwagTemplate(FewShotTemplate):
 
     def text(self, text: str) -> str:
         """A text of the row as it stands in the prompt."""
-        return text.strip()
+        return " ".join(text.split())
 
 
 @TEMPLATES.register("hellaswag_clean")
@@ -29,5 +29,4 @@ class HellaSwagCleanTemplate(HellaSwagTemplate):
     """The same without the marks that WikiHow's texts bear: [header], [title], [step]."""
 
     def text(self, text: str) -> str:
-        text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
-        return text.replace("  ", " ").strip()
+        return " ".join(re.sub(r"\[.*?\]", "", text.replace(" [title]", ". ")).split())
