@@ -27,7 +27,7 @@ _MOST_UPDATES = 32
 _RESETS = ("dataloader", "lr-scheduler", "meters", "optimizer")
 # Flags of the original that flite-train cannot do, and what to type.
 _REFUSED = {
-    "stable": "the stable embedding of bitsandbytes is not built; --opt adam16, and no --stable",
+    "stable": "the stable embedding of bitsandbytes is not built; leave it out",
     "alibi": "ALiBi is not built; positions are learned, leave it out",
 }
 
@@ -134,12 +134,17 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name):
             raise ConfigError(f"--{name}: {why}")
     if args.opt == "adam8bit":
-        raise ConfigError("--opt adam8bit: bitsandbytes is not used; --opt adam16 halves the state")
+        raise ConfigError(
+            "--opt adam8bit: bitsandbytes is not used; --opt adam16 --ddp legacy_ddp halves Adam's "
+            "state, --ddp fully_sharded divides it by the GPUs"
+        )
     if args.fp16_adam and args.opt not in ("adam", "adam16"):
         raise ConfigError(f"--fp16-adam: of --opt adam; --opt {args.opt} keeps no such means")
-    if args.opt == "adafactor" and args.ddp == "fully_sharded":
+    whole = "--fp16-adam" if args.fp16_adam else f"--opt {args.opt}"
+    spread = args.ddp == "fully_sharded" and args.num_gpus * args.num_nodes > 1
+    if whole != "--opt adam" and spread:
         raise ConfigError(
-            "--opt adafactor looks at whole matrices, which --ddp fully_sharded takes apart: add "
+            f"{whole} looks at whole matrices, which --ddp fully_sharded takes apart: add "
             "--ddp legacy_ddp"
         )
     if args.ss and args.ddp != "fully_sharded":
@@ -188,7 +193,7 @@ def _saving(args: argparse.Namespace) -> list[hyperparam]:
         hyperparam("--no-epoch-checkpoints"),
     ]
     if args.no_save:
-        flags.append(hyperparam("--no-save"))
+        flags = [hyperparam("--no-save")]
     if args.rf is not None:
         flags.append(hyperparam("--restore-file", args.rf))
     resets = _RESETS if args.reset else ("lr-scheduler",) if args.reset_lr else ()

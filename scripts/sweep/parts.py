@@ -56,10 +56,11 @@ def num_experts(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: one expert is none.
     """
-    count = args.epg * args.num_gpus * args.num_nodes
+    num_gpus = args.num_gpus * args.num_nodes
+    count = args.epg * num_gpus
     if args.epg < 0 or count == 1:
         raise ConfigError(
-            f"--epg {args.epg}: makes {count} experts; expected 2 or more, or --epg 0"
+            f"--epg {args.epg} on {num_gpus} GPU(s): expected 2 experts or more, or --epg 0"
         )
     return int(count)
 

@@ -152,7 +152,10 @@ def _languages(args: argparse.Namespace) -> list[str]:
         return sorted({name.strip() for name in args.langs.split(",") if name.strip()})
     if args.data is None:
         raise ConfigError("-d is missing: the data folder, with a folder for each language")
-    return find_languages(Path(args.data.split(":")[0]), "")
+    folder = Path(args.data.split(":")[0])
+    if not folder.is_dir():
+        raise ConfigError(f"-d {args.data}: no folder {folder}")
+    return find_languages(folder, "")
 
 
 def _num_languages(names: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ Record, Run, State = state.Record, grid.Run, state.State
 # that does not hear. The quotes keep the word out of the head of the log, which has the command.
 _FOREVER = "echo be''gun; while :; do sleep 0.02; done"
 PATIENT = f"trap 'echo the process was asked to end; exit 0' TERM USR1; {_FOREVER}"
-STUBBORN = f"sleep 90 & echo $!; trap '' TERM; {_FOREVER}"
+STUBBORN = f"sleep 90 & trap '' TERM; {_FOREVER}"
 
 
 def run_of(folder: Path, script: str, **more: object) -> Run:
@@ -37,16 +38,22 @@ def log(folder: Path) -> list[str]:
     return (folder / state.LOG).read_text().splitlines()
 
 
-def wait_for_the_end_of(*pids: int) -> bool:
-    """Whether these processes, and those that they started and left, have gone in a while."""
+def wait_for_the_end_of(*groups: int) -> bool:
+    """Whether all processes of these groups have gone in a while."""
+
+    def living() -> set[int]:
+        found = set()
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                # Behind the name: state, parent, group.
+                how, _, group = path.read_text().rpartition(")")[2].split()[:3]
+                found |= {int(group)} if how not in "ZX" else set()
+        return found.intersection(groups)
+
     end = time.monotonic() + 5
-    while time.monotonic() < end:
-        listed = subprocess.run(["ps", "-eo", "pgid,stat"], capture_output=True, text=True).stdout
-        living = {int(line.split()[0]) for line in listed.splitlines()[1:] if "Z" not in line}
-        if not living.intersection(pids) and not any(state.process(pid)["began"] for pid in pids):
-            return True
+    while living() and time.monotonic() < end:
         time.sleep(0.02)
-    return False
+    return not living()
 
 
 @pytest.fixture
@@ -189,7 +196,7 @@ def test_a_run_that_does_not_end_is_killed_with_its_processes(tmp_path, interrup
         Attempt(run, claimed(run, None, State.RUNNING)).execute()
     record = state.load(tmp_path)
     assert record is not None and record.state is State.INTERRUPTED
-    assert wait_for_the_end_of(record.pid, int(log(tmp_path)[1]))
+    assert wait_for_the_end_of(record.pid)
 
 
 def test_a_handler_may_wait_for_the_process_that_is_being_waited_for(tmp_path, interrupt):
@@ -232,8 +239,8 @@ def test_the_snapshot_runs_on_its_own(tmp_path):
     attempt.snapshot(code)
     assert sorted(path.name for path in code.iterdir()) == ["fairseq_lite", "fairseq_lite_cli"]
     mark = code / "fairseq_lite" / "__init__.py"
-    mark.write_text(mark.read_text() + 'print("the copy")\n')
+    mark.write_text(mark.read_text() + 'print("the copy")\nraise SystemExit\n')
     train = code / "fairseq_lite_cli" / "train.py"
-    run = Run("x", tmp_path, (sys.executable, str(train), "--help"), python_path=str(code))
+    run = Run("x", tmp_path, (sys.executable, str(train)), python_path=str(code))
     assert execute(run).state is State.FINISHED
     assert "the copy" in log(tmp_path)

@@ -51,7 +51,7 @@ def result_of(run: Run) -> Result:
     how_far, record = state.state_of(run.save_dir)
     path = run.save_dir / state.LOG
     values = values_of(read(lines_of(path))) if path.is_file() else {}
-    if record is not None and record.seconds:
+    if record is not None and record.ended:
         values["seconds"] = record.seconds
     error = record.error if record is not None and how_far is State.FAILED else ""
     return Result(run.name, how_far, values, error)
