@@ -45,7 +45,7 @@ quickstart: $(VENV)/.base
 	@$(BIN)/python examples/quickstart/run.py
 
 test: $(VENV)/.dev lint
-	@$(BIN)/python -m pytest tests/unit tests/subsystem tests/smoke tests/gpu
+	@$(BIN)/python -m pytest tests/unit tests/test_few_shot_tasks.py tests/subsystem tests/smoke tests/gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

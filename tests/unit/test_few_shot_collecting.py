@@ -127,7 +127,7 @@ def test_recalculated_sums_are_those_of_an_evaluation_by_sum(evaluated: Path) ->
 def test_an_ensemble_is_the_mean_of_probabilities_or_the_most_votes() -> None:
     trials = [[[math.log(0.9), math.log(0.1)]], [[math.log(0.3), math.log(0.7)]],
               [[math.log(0.4), math.log(0.6)]]]  # fmt: skip
-    ((mean,),) = ([each for each in collecting._mean(trials)],)
+    (mean,) = collecting._mean(trials)
     assert mean == pytest.approx([1.6 / 3, 1.4 / 3])
     assert collecting._votes(trials) == [[1.0, 2.0]]
 
