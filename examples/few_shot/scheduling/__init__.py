@@ -1,0 +1,1 @@
+"""Hundreds of evaluations as jobs, on this machine or on Slurm."""

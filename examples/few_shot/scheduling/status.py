@@ -1,0 +1,58 @@
+"""How far jobs are, as the files of their evaluations say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from examples.few_shot import results
+from examples.few_shot.scheduling import submissions
+from examples.few_shot.scheduling.plan import Job
+from examples.few_shot.scheduling.submissions import Submission
+from examples.few_shot.settings import PlannedEvaluation
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a job is.
+
+    Attributes:
+        completed: evaluations with complete results, made with the same settings.
+        submitted: evaluations that somebody works on, with who that is.
+        missing: the others.
+        todo: those that are to be carried out now.
+    """
+
+    completed: tuple[PlannedEvaluation, ...]
+    submitted: tuple[tuple[PlannedEvaluation, Submission], ...]
+    missing: tuple[PlannedEvaluation, ...]
+    todo: tuple[PlannedEvaluation, ...]
+
+
+def look(jobs: Sequence[Job], *, override: bool = False, recalculate: bool = False) -> list[Status]:
+    """Look how far jobs are.
+
+    Args:
+        jobs: the jobs.
+        override: evaluate again what has results.
+        recalculate: only compute metrics again, where there are results.
+    """
+    every = [each for job in jobs for each in job.evaluations]
+    complete = {each.results_file for each in every if results.is_complete(each)}
+    marks = {each.results_file: submissions.read(each) for each in every}
+    alive = submissions.living(mark for mark in marks.values() if mark is not None)
+    busy = {file: mark for file, mark in marks.items() if mark is not None and mark in alive}
+    found = []
+    for job in jobs:
+        submitted, completed, missing, todo = [], [], [], []
+        for each in job.evaluations:
+            done = each.results_file in complete
+            mark = busy.get(each.results_file)
+            if mark is not None and (override or not done):
+                submitted.append((each, mark))
+                continue
+            (completed if done else missing).append(each)
+            if done if recalculate else (override or not done):
+                todo.append(each)
+        found.append(Status(tuple(completed), tuple(submitted), tuple(missing), tuple(todo)))
+    return found
