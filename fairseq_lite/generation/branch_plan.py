@@ -310,33 +310,68 @@ def _steps(rows: Sequence[Row], worth: int) -> list[Step]:
     """A step for what has no stem, then one for each stem, those they lie behind first."""
     steps = [Step(0, np.empty(0, dtype=np.int64))]
     owner = np.zeros(len(rows), dtype=np.int64)
-    ways: list[tuple[int, int]] = [(len(rows), 0)]  # (rows before that, tokens) of stems around
-    for first, last, depth in sorted(_families(rows), key=lambda f: (f[0], -f[1])):
-        while ways[-1][0] <= first:
+    ways = [(len(rows), 0)]  # of the stems around: rows that begin with them end there, and tokens
+    for family, readers in zip(*_readers(rows, worth), strict=True):
+        while ways[-1][0] <= family.first:
             ways.pop()
         keep = ways[-1][1]
-        if (last - first - 1) * (depth - keep) >= worth:
-            owner[first:last] = len(steps)
-            steps.append(Step(keep, rows[first].prefix[:depth]))
-            ways.append((last, depth))
+        if (readers - 1) * (family.depth - keep) >= worth:
+            owner[family.first : family.last] = len(steps)
+            steps.append(Step(keep, rows[family.first].prefix[: family.depth]))
+            ways.append((family.last, family.depth))
     for row, number in zip(rows, owner.tolist(), strict=True):
         steps[number].rows.append(row)
     return steps
 
 
-def _families(rows: Sequence[Row]) -> Iterator[tuple[int, int, int]]:
-    """(first, last + 1, tokens) of neighbours that begin with more tokens in common than others.
+class _Family(NamedTuple):
+    """Neighbours, `rows[first:last]`, that begin with more tokens in common than with others.
 
-    The inner nodes of the tree that the prefixes make, which are in order: the intervals of their
-    longest common prefixes (Abouelhoda et al. 2004, section 2.2).
+    Attributes:
+        depth: how many tokens.
+    """
+
+    first: int
+    last: int
+    depth: int
+
+
+def _readers(rows: Sequence[Row], worth: int) -> tuple[list[_Family], list[int]]:
+    """Families, those within others behind them; how often each would read what it shares.
+
+    Rows of a family within it that is worth a stem, counted from where it parts, are one reader.
+    """
+    families = sorted(_families(rows), key=lambda f: (f.first, -f.last))
+    around: list[int] = []
+    parents: list[int | None] = []
+    for number, family in enumerate(families):
+        while around and families[around[-1]].last <= family.first:
+            around.pop()
+        parents.append(around[-1] if around else None)
+        around.append(number)
+    readers = [family.last - family.first for family in families]
+    for number in reversed(range(len(families))):
+        family, parent = families[number], parents[number]
+        if parent is None:
+            continue
+        length = family.depth - families[parent].depth
+        left = 1 if (readers[number] - 1) * length >= worth else readers[number]
+        readers[parent] -= family.last - family.first - left
+    return families, readers
+
+
+def _families(rows: Sequence[Row]) -> Iterator[_Family]:
+    """The inner nodes of the tree that the prefixes make, which are in order.
+
+    They are the intervals of their longest common prefixes (Abouelhoda et al. 2004, section 2.2).
     """
     depths = [_shared(a.prefix, b.prefix) for a, b in pairwise(rows)]
     around: list[tuple[int, int]] = [(0, 0)]
-    for i, depth in enumerate([*depths, 0], start=1):
-        first = i - 1
+    for last, depth in enumerate([*depths, 0], start=1):
+        first = last - 1
         while around[-1][1] > depth:
             first, deeper = around.pop()
-            yield first, i, deeper
+            yield _Family(first, last, deeper)
         if around[-1][1] < depth:
             around.append((first, depth))
 

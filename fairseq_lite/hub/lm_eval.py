@@ -60,7 +60,7 @@ class FairseqLiteLM(TemplateLM):  # type: ignore[misc]  # a class of a package w
         args = ModelArgs.of(given)
         model = hub.load(
             args.path,
-            device=args.device,
+            device=args.model_device(),
             bf16=args.bf16,
             fp16=args.fp16,
             user_dir=args.user_dir,

@@ -17,7 +17,7 @@ class ModelArgs:
 
     Attributes:
         path: a checkpoint, several separated by colons, or a folder, as `hub.load` takes it.
-        device: "cpu" or "cuda"; by default CUDA where there is one.
+        device: "cpu", or "cuda" or "cuda:0" for CUDA where there is one, as by default.
         bf16: compute in bfloat16.
         fp16: compute in float16.
         user_dir: the plugin the model needs.
@@ -63,6 +63,20 @@ class ModelArgs:
             if value is not None and kind is not None and type(value) is not kind:
                 raise ConfigError(f"model_args: {field.name}={value!r}: expected {field.type}")
         return cls(**given)
+
+    def model_device(self) -> str | None:
+        """The device as `hub.load` takes it.
+
+        Raises:
+            ConfigError: another GPU than the first.
+        """
+        if self.device is not None and self.device.startswith("cuda:") and self.device != "cuda:0":
+            raise ConfigError(
+                f"device {self.device!r}: expected 'cpu' or 'cuda'; CUDA_VISIBLE_DEVICES=N in the"
+                " environment chooses among several GPUs"
+            )
+        # What the harness's command line says when nothing is typed, with or without a GPU.
+        return "cuda" if self.device == "cuda:0" else self.device
 
     def model_overrides(self) -> dict[str, Any] | None:
         """`overrides` as a dictionary.
