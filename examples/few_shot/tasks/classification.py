@@ -30,7 +30,7 @@ class SST2(FewShotTask):
         if path.suffix == ".tsv":
             return super().rows(path)
         return (
-            (dict(zip(("label", "sentence"), line.split(" ", 1), strict=True)), where)
+            (dict(zip(("label", "sentence"), line.split(" ", 1), strict=False)), where)
             for line, where in files.read_lines(path)
             if line
         )

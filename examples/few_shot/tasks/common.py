@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,6 +85,11 @@ def superglue(folder: str, val: tuple[str, ...] = ()) -> dict[str, Paths]:
     return found
 
 
+def gap(behind: str) -> str:
+    """What stands between a word and the text behind it, which has lost it: a space or nothing."""
+    return "" if re.match(r"$|[.,;:!?)]|['’]s\b", behind) else " "
+
+
 def masked(row: Mapping[str, Any]) -> tuple[str, tuple[str, str], str] | None:
     """A row that gives a sentence twice, with either answer in place, and how it goes on.
 
@@ -100,8 +106,7 @@ def masked(row: Mapping[str, Any]) -> tuple[str, tuple[str, str], str] | None:
     parting = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     start = one.rfind(" ", 0, next(parting, min(len(one), len(other)))) + 1
     behind = str(row["continuation"])
-    gap = " " if behind[:1].isalnum() or behind[:1] in "\"'(" else ""
-    return one[:start], (one[start:], other[start:]), gap + behind
+    return one[:start], (one[start:], other[start:]), gap(behind) + behind
 
 
 def masked_choice(row: Mapping[str, Any], where: str) -> FewShotSample | None:

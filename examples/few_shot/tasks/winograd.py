@@ -11,7 +11,7 @@ from typing import Any
 from examples.few_shot import files
 from examples.few_shot.samples import FewShotSample, choice
 from examples.few_shot.tasks.api import TASKS, FewShotTask
-from examples.few_shot.tasks.common import masked_choice
+from examples.few_shot.tasks.common import gap, masked_choice
 from fairseq_lite.errors import DataError
 
 # Those of the first edition; what was added later is by custom not evaluated.
@@ -61,11 +61,10 @@ def _schemas(path: Path) -> Iterator[files.Row]:
         where = f"{path}: schema {number}"
         if len(answers) != 2 or right not in ("A", "B") or not pronoun:
             raise DataError(f"{where}: expected a pronoun, two answers and which is right, A or B")
-        gap = " " if after[:1].isalnum() or after[:1] in "\"'(" else ""
         row = {
             "txt1": before + (" " if before else ""),
             "pron": pronoun,
-            "txt2": gap + after,
+            "txt2": gap(after) + after,
             "answers": answers,
             "gold": "AB".index(right),
         }

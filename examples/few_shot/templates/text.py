@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # What ends a sentence, in the scripts that tasks have, and what may stand behind it.
 _STOPS = ".。।۔"
-_MARKS = _STOPS + "?!,;:…？！，、；：؟،؛·\"'“”„«»’‘-–—"  # noqa: RUF001
+_MARKS = _STOPS + "?!,;:…？！，、；：؟،؛·\"'“”„«»’‘-–—"
 
 
 def without_stop(text: str) -> str:
@@ -37,8 +37,8 @@ def decapitalised(text: str, language: str | None = None) -> str:
         language: of it; Turkish has two letters I.
     """
     first = text.split(" ", 1)[0].rstrip(",")
-    if language in (None, "en") and (first == "I" or first.startswith(("I'", "I’"))):  # noqa: RUF001
+    if language in (None, "en") and (first == "I" or first.startswith(("I'", "I’"))):
         return text
     if language == "tr" and text[:1] in ("I", "İ"):
-        return ("ı" if text[0] == "I" else "i") + text[1:]  # noqa: RUF001
+        return ("ı" if text[0] == "I" else "i") + text[1:]
     return text[:1].lower() + text[1:]
