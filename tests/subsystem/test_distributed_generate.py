@@ -156,25 +156,34 @@ def test_speeds_add_up() -> None:
 # -- command lines --------------------------------------------------------------------------------
 
 
-def test_commands_start_processes(
-    cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    two = ("--distributed-world-size", "2")
-    for name in ("beam", "words", "validate"):
-        command, words = cases[name]
-        one = flite_process(command, *words, timeout=120)
-        both = flite_process(command, *words, *two, timeout=120)
-        assert (one.returncode, both.returncode) == (0, 0), both.stderr
-        if command == "generate":
-            assert both.stdout == one.stdout
-            assert re.search(r"Translated 23 sentences \([\d,]+ tokens\)", both.stderr)
-            assert both.stderr.count("NOTE: hypothesis") == 1
+def test_commands_start_processes(cases: dict[str, Case], alone: dict[str, str]) -> None:
     command, words = cases["beam"]
-    done = flite_process(command, *words, *two, "--results-path", tmp_path, timeout=120)
-    assert (done.returncode, done.stdout) == (0, "")
-    one = flite_process(command, *words, timeout=120)
-    assert (tmp_path / "generate-test.txt").read_text("utf-8") == one.stdout
+    both = flite_process(command, *words, "--distributed-world-size", "2", timeout=120)
+    assert both.returncode == 0, both.stderr
+    assert both.stdout.rstrip("\n") == alone["beam"]
+    assert re.search(r"Translated 23 sentences \([\d,]+ tokens\)", both.stderr)
+    assert both.stderr.count("NOTE: hypothesis") == 1
+
+
+@pytest.mark.parametrize("name", ["words", "validate"])
+def test_other_commands_start_them_too(
+    name: str, cases: dict[str, Case], capfd: pytest.CaptureFixture[str]
+) -> None:
+    command, words = cases[name]
+    assert flite(command, *words, "--distributed-world-size", "2") == 0, capfd.readouterr().err
+
+
+def test_a_folder_for_results(
+    cases: dict[str, Case],
+    alone: dict[str, str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    command, words = cases["beam"]
+    two = ("--distributed-world-size", "2")
+    assert flite(command, *words, *two, "--results-path", tmp_path) == 0
+    assert capfd.readouterr().out == ""
+    assert (tmp_path / "generate-test.txt").read_text("utf-8").rstrip("\n") == alone["beam"]
 
 
 def test_interactive_is_one_process(
