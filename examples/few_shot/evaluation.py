@@ -88,7 +88,10 @@ class Evaluation:
             language=planned.language,
         )
         self.samples = self._eval_samples()
-        self.pool = self._pool(root)
+        self.pool = self._other_samples(
+            root, planned.train_set if planned.k else None, planned.train_lang
+        )
+        self.counted = self._other_samples(root, planned.valid_set, planned.valid_lang)
         self.questions = [
             Question(f"{i}.{j}" if sample.subproblems else str(i), question, sample)
             for i, sample in enumerate(self.samples)
@@ -100,15 +103,16 @@ class Evaluation:
         found = self.task.samples(self.planned.eval_set)
         return found[: self.planned.options.n_eval_samples or None]
 
-    def _pool(self, root: Path) -> Sequence[FewShotSample]:
-        """What shots are drawn from: in another language where --TASK-train-lang says so."""
-        planned = self.planned
-        if not planned.k or planned.train_set is None:
+    def _other_samples(
+        self, root: Path, set_name: str | None, language: str | None
+    ) -> Sequence[FewShotSample]:
+        """Samples of another set: in another language where --TASK-train-lang says so."""
+        if set_name is None:
             return ()
         task = build_task(
-            planned.task, planned.task_options, language=planned.train_lang, data_dir=root
+            self.planned.task, self.planned.task_options, language=language, data_dir=root
         )
-        return task.samples(planned.train_set)
+        return task.samples(set_name)
 
     def run(self) -> dict[str, Any]:
         """Evaluate, and write what comes out; trials that are there already are read."""
@@ -208,6 +212,7 @@ class Evaluation:
                     [question.sample for question in self.questions],
                     shots,
                     [question.parent for question in self.questions],
+                    [each for sample in self.counted for each in sample.problems()] or None,
                     trial,
                     lambda done: bar.update(done - bar.n),
                 )

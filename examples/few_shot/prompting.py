@@ -6,6 +6,7 @@ goes; only then is the question itself cut, from the left.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,6 +57,7 @@ class Prompt:
         answers: the words of each candidate; none where the model writes.
         after: what stands behind the mask.
         shots: how many shots stand in it.
+        left_out: how many more there would have been, had they fitted.
     """
 
     sample: FewShotSample
@@ -63,6 +65,7 @@ class Prompt:
     answers: tuple[str, ...]
     after: str
     shots: int
+    left_out: int = 0
 
     @property
     def texts(self) -> list[str]:
@@ -136,6 +139,7 @@ def fitted(
 
     def attempt(count: int, said: str) -> tuple[Prompt, list[Ids]]:
         prompt = compose(template, sample, shots[:count], said)
+        prompt = dataclasses.replace(prompt, left_out=len(shots) - count)
         texts = prompt.texts if sample.candidates else [prompt.before.rstrip(" ")]
         return prompt, [encoding(text) for text in texts]
 

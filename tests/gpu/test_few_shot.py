@@ -1,4 +1,4 @@
-"""Few-shot evaluation of tiny models, dense and with experts: on CUDA where it is, and on the CPU."""
+"""Few-shot evaluation of tiny models, dense and with experts: on the CPU, and on CUDA too."""
 
 from __future__ import annotations
 

@@ -264,3 +264,15 @@ def test_a_folder_that_cannot_be_written_is_told(data: Path) -> None:
 def test_a_shot_without_a_training_set_is_refused() -> None:
     with pytest.raises(ConfigError, match="--tasks"):
         plan("m")
+
+
+def test_a_majority_may_be_that_of_another_set(data: Path) -> None:
+    biased = "".join(json.dumps({**row, "label": 1}) + "\n" for row in rows(5))
+    (data / "COPA" / "test.jsonl").write_text(biased)
+    values: dict[str, Any] = {
+        "tasks": "copa", "nb_few_shot_samples_values": 0, "data_dir": str(data),
+        "results_dir": str(data.parent / "out"), "predictor_name": "majorityclass",
+    }  # fmt: skip
+    (found,) = gpt3_eval.run_evaluations_from_model_name("m", copa_valid_set="test", **values)
+    lines = results.read_rows(data.parent / "out" / found["predictions"][0])
+    assert {line["candidates"][1][1]["best"] for line in lines} == {True}

@@ -81,11 +81,12 @@ class CandidatePerplexity(Metric):
             every = [c.meta[key] for p in predictions for c in p.candidates]
             found[f"ppl{name}_selected_candidate"] = mean([p.best.meta[key] for p in predictions])
             found["ppl_candidates" + ("_full_prompt" if name else "")] = mean(every)
-        fitted = [
-            p.meta["nb_few_shot_samples"] for p in predictions if "nb_few_shot_samples" in p.meta
-        ]
-        if fitted:
-            found["nb_few_shot_samples_fitted"] = mean(fitted)
+        for name, key in (
+            ("nb_few_shot_samples_fitted", "nb_few_shot_samples"),
+            ("nb_trunc_few_shot_samples", "nb_trunc_few_shot_samples"),
+        ):
+            if all(key in p.meta for p in predictions):
+                found[name] = mean([p.meta[key] for p in predictions])
         return found
 
 

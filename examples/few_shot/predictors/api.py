@@ -98,6 +98,7 @@ class Trial:
         questions: those to answer; subproblems one by one.
         shots: the shots of each question's sample.
         parents: for each question the sample it belongs to.
+        counted: whose answers the majority is of, `--TASK-valid-set`; None: the questions.
         trial: its number.
         progress: is told how many questions are done.
     """
@@ -107,6 +108,7 @@ class Trial:
     questions: Sequence[FewShotSample]
     shots: Shots
     parents: Sequence[FewShotSample]
+    counted: Sequence[FewShotSample] | None = None
     trial: int = 0
     progress: Progress | None = None
 

@@ -46,9 +46,10 @@ class RandomPredictor(Predictor):
 
 @PREDICTORS.register("majorityclass", aliases=("majority",))
 class MajorityPredictor(Predictor):
-    """Always the most frequent answer of the samples that are evaluated; of equal ones the first.
+    """Always the most frequent answer; of equally frequent ones the first.
 
-    Where candidates are texts of their own for each sample, the most frequent number of the answer.
+    Of the samples that are evaluated, or of those of `--TASK-valid-set`. Where candidates are texts
+    of their own for each sample, the most frequent place of the answer.
     """
 
     needs_model = False
@@ -56,10 +57,11 @@ class MajorityPredictor(Predictor):
 
     def predict(self, trial: Trial) -> list[Prediction]:
         _need_candidates(trial, "majorityclass")
-        named = len({sample.candidates for sample in trial.questions}) == 1
+        counted = trial.questions if trial.counted is None else trial.counted
+        named = len({sample.candidates for sample in (*counted, *trial.questions)}) == 1
         answers = Counter(
             answer if named else sample.candidates.index(answer)
-            for sample in trial.questions
+            for sample in counted
             for answer in sample.correct
         )
         total = sum(answers.values())

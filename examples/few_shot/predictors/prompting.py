@@ -174,7 +174,7 @@ class CLMPrompting(Predictor):
             "ppl": scoring.perplexity(
                 context.context, 0 if context.skipped else context.context_tokens
             ),
-            "nb_few_shot_samples": question.encoded.prompt.shots,
+            **_shots_meta(question.encoded.prompt),
             "tokens_cut": question.encoded.cut,
         }
         return Prediction(trial.questions[question.number], tuple(candidates), meta)
@@ -243,7 +243,7 @@ class CLMPrompting(Predictor):
             meta = {"prompt": prompt.before} if self.options.add_prompt else {}
             answer = trial.template.postprocess(prompt.sample, text)
             one = ScoredCandidate(answer, 1.0, {"text": text, **meta})
-            found.append(Prediction(prompt.sample, (one,), {"nb_few_shot_samples": prompt.shots}))
+            found.append(Prediction(prompt.sample, (one,), _shots_meta(prompt)))
         return found
 
     def _rank(self, trial: Trial) -> list[Prediction]:
@@ -267,9 +267,7 @@ class CLMPrompting(Predictor):
             symbols = self.lm.symbols(np.array(one.top, dtype=np.int64))
             meta = {"rank": one.rank, "top_ranked_predictions": symbols}
             candidate = ScoredCandidate(prompt.sample.correct[0], one.log_prob, meta)
-            found.append(
-                Prediction(prompt.sample, (candidate,), {"nb_few_shot_samples": prompt.shots})
-            )
+            found.append(Prediction(prompt.sample, (candidate,), _shots_meta(prompt)))
         return found
 
     def _measure(self, trial: Trial) -> list[Prediction]:
@@ -324,6 +322,13 @@ class CLMPrompting(Predictor):
     @staticmethod
     def _description(trial: Trial) -> str:
         return trial.template.task_description or trial.task.description
+
+
+def _shots_meta(prompt: prompting.Prompt) -> dict[str, Any]:
+    return {
+        "nb_few_shot_samples": prompt.shots,
+        "nb_trunc_few_shot_samples": prompt.left_out,
+    }
 
 
 def _kept(known: scoring.TokenScores) -> dict[str, Any]:
