@@ -23,6 +23,7 @@ class Wording:
         prefix: in front of a choice that answers a question.
         alone: in front of a choice without a question.
         case: of choices: "lower", "kept", or "capitalised" (those that answer a question).
+        inline: a choice stands in the line of its question, too, not only of a sentence.
     """
 
     labels: tuple[str, str] = ("", "")
@@ -30,6 +31,7 @@ class Wording:
     prefix: str = ""
     alone: str = ""
     case: str = "lower"
+    inline: bool = False
 
 
 class ScienceTemplate(FewShotTemplate):
@@ -44,7 +46,7 @@ class ScienceTemplate(FewShotTemplate):
         fields = [("", sample["context"]), ("", words.descriptions[0 if asked else 1])]
         if not question:
             fields = [("", MASK)]
-        elif asked:
+        elif asked and not words.inline:
             fields += [(words.labels[0], question), (words.labels[1], MASK)]
         else:
             fields += [("", f"{question} {MASK}")]
@@ -72,7 +74,7 @@ _DESCRIPTIONS = (
 WORDINGS = {
     "arc": Wording(),
     "arc_1": Wording(prefix="It is", alone="It is"),
-    "arc_old": Wording(prefix="It is", alone="It is"),
+    "arc_old": Wording(prefix="It is", alone="It is", inline=True),
     "arc_no_choice_lowercase": Wording(case="kept"),
     "arc_capitalize_choice": Wording(case="capitalised"),
     "arc_struct_1": Wording(labels=("Question:", "Answer:")),
@@ -80,13 +82,17 @@ WORDINGS = {
     **{f"arc_descr_{n}": Wording(descriptions=said) for n, said in enumerate(_DESCRIPTIONS, 1)},
     **{f"arc_choice_format_{n}": Wording(prefix=words) for n, words in enumerate(_IT, 1)},
     **{f"arc_calib_format_{n}": Wording(alone=words) for n, words in enumerate(_IT, 1)},
-    "openbookqa": Wording(case="kept"),
+    "openbookqa": Wording(case="kept", inline=True),
     "exams": Wording(case="kept"),
 }
 
 
 def _worded(name: str, wording: Wording) -> type[ScienceTemplate]:
-    members = {"__doc__": f"A question and its choice: {wording}.", "__module__": __name__, "wording": wording}
+    members = {
+        "__doc__": f"A question and its choice: {wording}.",
+        "__module__": __name__,
+        "wording": wording,
+    }
     return type(f"ScienceTemplate_{name}", (ScienceTemplate,), members)
 
 
