@@ -74,8 +74,8 @@ class BoolQ(FewShotTask):
             if found is None or row["choices"] != ["no", "yes"]:
                 raise ValueError("expected a query of Passage and Question, choices no and yes")
             row = {**row, "passage": found[1], "question": found[2]}
-        kept = {name: row[name] for name in ("query", "choices") if name in row}
-        data = {"passage": row["passage"], "question": row["question"], **kept}
+        kept = [name for name in ("query", "choices") if name in row]
+        data = {name: row[name] for name in ("passage", "question", *kept)}
         return named(data, (("passage", "paragraph"),), TRUTH, truth(label), where)
 
 
