@@ -75,6 +75,7 @@ class FairseqLiteLM(TemplateLM):  # type: ignore[misc]  # a class of a package w
         if not 2 <= self.max_length <= longest:
             raise ConfigError(f"max_length={self.max_length}: this model takes 2 to {longest}")
         self.max_tokens = args.tokens_in_batch(self.max_length)
+        self._start = model.start_token(args.start)
         self._encoded = functools.lru_cache(maxsize=_TEXTS)(
             lambda text: model.encode(text).tolist()
         )
@@ -89,7 +90,7 @@ class FairseqLiteLM(TemplateLM):  # type: ignore[misc]  # a class of a package w
     @property
     def prefix_token_id(self) -> int:
         """What a text begins with."""
-        return self.model.start_token(self.args.start)
+        return self._start
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,8 +208,13 @@ def write_task(
 
 
 @contextmanager
-def offline(folder: Path) -> Iterator[None]:
-    """Inside, the harness asks no machine for anything and keeps its caches in a folder."""
+def offline(folder: Path, scan: bool = True) -> Iterator[None]:
+    """Inside, the harness asks no machine for anything and keeps its caches in a folder.
+
+    Args:
+        folder: for them.
+        scan: whether its command reads the thousands of tasks it ships with, which takes seconds.
+    """
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[lm-eval]'")
     values = {
         "HF_HOME": str(folder / "hf"),
@@ -222,6 +228,11 @@ def offline(folder: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         for key, value in values.items():
             patched.setenv(key, value)
+        if not scan:
+            import lm_eval.tasks
+
+            manager = partial(lm_eval.tasks.TaskManager, include_defaults=False)
+            patched.setattr(lm_eval.tasks, "TaskManager", manager)
         try:
             yield
         finally:
