@@ -1,0 +1,189 @@
+"""LAMA and mLAMA."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.few_shot.metrics.api import build_metric
+from examples.few_shot.predictors.api import Prediction, ScoredCandidate
+from examples.few_shot.samples import FewShotSample
+from examples.few_shot.settings import plan
+from examples.few_shot.tasks.api import TASKS, task_names
+from tests.helpers.few_shot_tasks import (
+    full_prompt,
+    make_task,
+    make_template,
+    predicted,
+    reason,
+    scores_of,
+    write_jsonl,
+    write_text,
+)
+from tests.helpers.shared import shared_dir
+
+
+def test_sentences_of_conceptnet_and_squad(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"sub": "alive", "pred": "HasSubevent", "obj_label": "think",
+         "masked_sentences": ["When alive you [MASK]."]},
+        {"obj_label": "a", "masked_sentences": ["[MASK] and [MASK]."]},
+        {"sub": "bird", "pred": "CapableOf", "obj_label": "fly",
+         "masked_sentences": ["A bird.", "It can [MASK] far."]},
+    ]  # fmt: skip
+    write_jsonl(tmp_path / "LAMA/ConceptNet/test.jsonl", *rows, rows[0])
+    task = make_task("lama_conceptnet", tmp_path)
+    first, second = task.samples("conceptnet_test")
+    assert first.candidates == first.correct == ("think",)
+    assert (first["relation"], first["subject"]) == ("HasSubevent", "alive")
+    template = make_template("lama", sep=" ")
+    assert template.encode(second) == "A bird. It can <mask> far."
+    assert full_prompt(template, second, first) == ["When alive you think. A bird. It can fly far."]
+    found = scores_of(task, template, [first, second], k=0)
+    assert set(found) == {"precision@1", "precision@10", "mrr"} and 0 < found["mrr"] <= 1
+    write_jsonl(tmp_path / "LAMA/Squad/test.jsonl", {"masked_sentences": ["It was [MASK]."]})
+    text = reason(make_task("lama_squad", tmp_path), "squad_test")
+    assert "Squad/test.jsonl:1: is no row of lama_squad: has no field 'obj_label'" in text
+
+
+def test_google_re_is_put_by_templates(tmp_path: Path) -> None:
+    born = {"pred": "/people/person/place_of_birth", "sub_label": "Ann [Y]", "obj_label": "Bonn"}
+    write_jsonl(tmp_path / "LAMA/Google_RE/place_of_birth_test.jsonl", born)
+    write_jsonl(
+        tmp_path / "LAMA/Google_RE/date_of_birth_test.jsonl",
+        born | {"pred": "/people/person/date_of_birth", "obj_label": "1900"},
+    )
+    date, place = make_task("lama_googlere", tmp_path).samples("googlere")
+    assert date["sentence"] == "Ann [Y] (born [MASK])."
+    assert place["sentence"] == "Ann [Y] was born in [MASK] ."
+    write_jsonl(tmp_path / "LAMA/Google_RE/x_test.jsonl", born | {"pred": "/a/b"})
+    assert "x_test.jsonl:1: is no row of lama_googlere" in reason(
+        make_task("lama_googlere", tmp_path), "googlere"
+    )
+
+
+def test_trex_takes_templates_from_relations(tmp_path: Path) -> None:
+    row = {"predicate_id": "P19", "sub_label": "Ann", "obj_label": "Bonn", "evidences": []}
+    write_jsonl(tmp_path / "LAMA/TREx/P19.jsonl", row, row)
+    write_jsonl(
+        tmp_path / "LAMA/relations.jsonl", {"relation": "P19", "template": "[X] is from [Y] ."}
+    )
+    (sample,) = make_task("lama_trex", tmp_path).samples("trex")
+    assert full_prompt(make_template("lama"), sample) == ["Ann is from Bonn ."]
+    write_jsonl(tmp_path / "LAMA/relations.jsonl", {"relation": "P20", "template": "[X] [Y]"})
+    text = reason(make_task("lama_trex", tmp_path), "trex")
+    assert "P19.jsonl:1: relations.jsonl has no P19" in text
+    assert "LAMA/TREx is missing" in reason(make_task("lama_trex", tmp_path / "no"), "trex")
+
+
+def test_rank_metrics() -> None:
+    def ranked(rank: int) -> Prediction:
+        sample = FewShotSample({}, ("w",), ("w",))
+        return Prediction(sample, (ScoredCandidate("w", -1.0, {"rank": rank}),))
+
+    predictions = [ranked(1), ranked(4), ranked(10), ranked(20)]
+    assert build_metric("precision@1").score(predictions) == {"precision@1": 25}
+    assert build_metric("precision@10").score(predictions) == {"precision@10": 75}
+    assert build_metric("mrr").score(predictions)["mrr"] == pytest.approx(
+        (1 + 1 / 4 + 1 / 10 + 1 / 20) / 4
+    )
+
+
+CITIES = ("Bonn", "Rom", "Kiew", "Oslo")
+
+
+def make_mlama(root: Path) -> None:
+    write_jsonl(
+        root / "mlama1.1/de/templates.jsonl",
+        {"relation": "P19", "template": "[X] stammt aus [Y]."},
+        {"relation": "place_of_birth", "template": "[X] kam in [Y] zur Welt."},
+        {"relation": "P36", "template": "Die Hauptstadt von [X] ist [Y]."},
+    )
+    facts = [{"sub_label": f"Person {n}", "obj_label": city} for n, city in enumerate(CITIES)]
+    write_jsonl(root / "mlama1.1/de/P19.jsonl", *facts)
+    write_jsonl(root / "mlama1.1/de/P36.jsonl", {"sub_label": "Italien", "obj_label": "Rom"})
+    write_jsonl(root / "mlama1.1/de/place_of_birth.jsonl", *facts[:2])
+    write_text(
+        root / "mlama1.1/TREx_multilingual_objects/de.json",
+        json.dumps({"P36": {"objects": ["Rom", "Wien", "Bern"], "subjects": []}}),
+    )
+
+
+def test_mlama_chooses_among_the_objects_of_a_relation(tmp_path: Path) -> None:
+    make_mlama(tmp_path)
+    task = make_task("mlama_trex", tmp_path, "de")
+    samples = task.samples("trex")
+    assert len(samples) == 5
+    assert samples[0].candidates == tuple(sorted(CITIES)) and samples[0].correct == ("Bonn",)
+    # A list of objects beside the facts counts more than the facts.
+    assert samples[4].candidates == ("Bern", "Rom", "Wien")
+    template = make_template("mlama", language="de")
+    assert full_prompt(template, samples[4], samples[0])[1] == (
+        "Person 0 stammt aus Bonn.\nDie Hauptstadt von Italien ist Rom."
+    )
+    found = scores_of(task, template, samples, k=0)
+    assert set(found) == {"precision@1", "precision@1_P19", "precision@1_P36", "accuracy"}
+    births = make_task("mlama_googlere", tmp_path, "de").samples("googlere")
+    assert [each["relation"] for each in births] == ["place_of_birth"] * 2
+    assert births[0].candidates == ("Bonn", "Rom")
+
+
+def test_max_cands_keeps_the_right_one_and_never_changes(tmp_path: Path) -> None:
+    make_mlama(tmp_path)
+    for most in (1, 2, 3):
+        samples = make_task("mlama_trex", tmp_path, "de", max_cands=most).samples("trex")
+        again = make_task("mlama_trex", tmp_path, "de", max_cands=most).samples("trex")
+        assert samples == again
+        for sample in samples:
+            assert len(sample.candidates) == most
+            assert sample.correct[0] in sample.candidates
+            assert list(sample.candidates) == sorted(sample.candidates)
+    assert {each.candidates for each in samples[:4]} != {samples[0].candidates}
+
+
+def test_what_is_wrong_with_mlama_is_named(tmp_path: Path) -> None:
+    assert "mlama1.1/fr is missing" in reason(make_task("mlama_trex", tmp_path, "fr"), "trex")
+    make_mlama(tmp_path)
+    facts = tmp_path / "mlama1.1/de/P19.jsonl"
+    write_jsonl(facts, {"sub_label": "Ann"})
+    text = reason(make_task("mlama_trex", tmp_path, "de"), "trex")
+    assert f"{facts}: is no file of mlama_trex" in text
+    write_jsonl(tmp_path / "mlama1.1/de/P99.jsonl", {"sub_label": "Ann", "obj_label": "b"})
+    facts.unlink()
+    assert "has no template for P99" in reason(make_task("mlama_trex", tmp_path, "de"), "trex")
+    write_jsonl(tmp_path / "mlama1.1/de/templates.jsonl", {"relation": "P36"})
+    text = reason(make_task("mlama_trex", tmp_path, "de"), "trex")
+    assert "templates.jsonl:1: expected `relation` and `template`" in text
+
+
+def test_the_metric_of_mlama_averages_over_relations() -> None:
+    def fact(relation: str, best: str) -> Prediction:
+        return predicted(FewShotSample({"relation": relation}, ("r", "w"), ("r",)), best)
+
+    found = build_metric("mlama").score([fact("P1", "r"), fact("P1", "w"), fact("P2", "r")])
+    assert found == {"precision@1": 75, "precision@1_P1": 50, "precision@1_P2": 100}
+
+
+def test_languages_and_groups() -> None:
+    assert len(TASKS.get("mlama_trex").factory.languages) == 53
+    assert len(TASKS.get("mlama_googlere").factory.languages) == 40
+    assert task_names(["lama", "mlama"]) == [
+        "lama_conceptnet", "lama_googlere", "lama_squad", "lama_trex",
+        "mlama_googlere", "mlama_trex",
+    ]  # fmt: skip
+    assert len(plan("m", tasks="mlama", max_cands=2)) == 93
+    assert [each.k for each in plan("m", tasks="lama")] == [0] * 4
+
+
+def test_real_files() -> None:
+    task = make_task("lama_trex", shared_dir("data", "fewshot"))
+    samples = task.samples("trex")
+    # 26 of the 14077 facts are there twice.
+    assert len(samples) == 14051
+    template = make_template("lama")
+    assert all(template.encode(each).count("<mask>") == 1 for each in samples)
+    assert len({each["relation"] for each in samples}) == 16
+    assert 0 < scores_of(task, template, samples[:3], k=1)["mrr"] <= 1
