@@ -83,13 +83,19 @@ def alone(cases: dict[str, Case]) -> dict[str, str]:
     return found
 
 
+# What two ranks do and four need not repeat: it is the search's affair, not that of the experts.
+ON_TWO = ("prefix", "alignment", "ensemble", "bf16", "validate", "validate bf16")
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_the_output_is_that_of_one_process(
     cases: dict[str, Case], alone: dict[str, str], world_size: int
 ) -> None:
-    found = run_distributed(outputs, world_size, cases, timeout=250)
-    for name, text in alone.items():
-        assert found[0][name] == text, name
+    here = {name: case for name, case in cases.items() if world_size == 2 or name not in ON_TWO}
+    assert len(here) == len(cases) - (len(ON_TWO) if world_size == 4 else 0)
+    found = run_distributed(outputs, world_size, here, timeout=250)
+    for name in here:
+        assert found[0][name] == alone[name], name
     hypotheses = [line for line in alone["beam, 4"].splitlines() if line[:2] == "H-"]
     assert len({len(line.split()) for line in hypotheses}) > 3
 
@@ -126,7 +132,7 @@ def serving_nobody(world: World, cases: dict[str, Case]) -> dict[str, str]:
 def test_a_rank_that_does_not_serve_is_noticed(cases: dict[str, Case]) -> None:
     case = {"one batch": cases["one batch"]}
     with pytest.raises(DistributedError):
-        run_distributed(serving_nobody, 2, case, timeout=30)
+        run_distributed(serving_nobody, 2, case, timeout=15)
     assert left_running() == []
 
 
