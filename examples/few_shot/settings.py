@@ -18,12 +18,14 @@ from typing import Any
 
 from examples.few_shot import calibration
 from examples.few_shot.builtins import load_builtins
+from examples.few_shot.model_configs import options_of
 from examples.few_shot.predictors.api import PREDICTORS
 from examples.few_shot.scoring import SCORINGS
 from examples.few_shot.tasks.api import GROUPS, TASKS, task_names
 from examples.few_shot.templates.api import TEMPLATES
 from fairseq_lite.config.flags import coerce, default_of, flag
 from fairseq_lite.errors import ConfigError
+from fairseq_lite.registry import Entry, near
 
 NO_CALIBRATION = None
 Names = tuple[str, ...]
@@ -219,7 +221,9 @@ def plan(model_name: str, **given: Any) -> list[PlannedEvaluation]:
         ConfigError: an unknown task, template or option, or values that contradict each other.
     """
     load_builtins()
-    given = {name: value for name, value in given.items() if value is not None}
+    said = {name: value for name, value in given.items() if value is not None}
+    # What the model's name implies, as `random` its predictor; what is typed wins.
+    given = {**options_of(model_name), **said}
     names = task_names(as_names(given.get("tasks", ()), "tasks"))
     if not names:
         raise ConfigError("--tasks is needed: names of tasks or groups; --list-tasks prints them")
@@ -250,6 +254,25 @@ def as_names(value: Any, what: str) -> Names:
         if all(isinstance(each, str) for each in found):
             return found
     raise ConfigError(f"{what}: expected a name or a list of names, found {value!r}")
+
+
+def flag_of(task: str, suffix: str) -> str:
+    """The flag of a task."""
+    return "--" + f"{task}_{suffix}".replace("_", "-")
+
+
+def template_entry(task: str, template: str) -> Entry:
+    """A template that is registered.
+
+    Raises:
+        ConfigError: unknown; the message suggests near ones, and else those of the task.
+    """
+    if template not in TEMPLATES:
+        head = re.sub(r"(__.*|\d+)$", "", TASKS.get(task).factory.template)
+        kin = [name for name in TEMPLATES.names() if name.startswith(head)]
+        hint = near(template, TEMPLATES.names()) or f"; {task} has {', '.join(kin)}"
+        raise ConfigError(f"{flag_of(task, 'template')} {template}: unknown template{hint}")
+    return TEMPLATES.get(template)
 
 
 def _general(given: Mapping[str, Any]) -> EvaluationOptions:
@@ -322,17 +345,20 @@ def _plan_task(
     templates = as_names(said.get("template", kind.template), f"{name}_template")
     chosen = said.get("eval_set", given.get("any_eval_set", kind.eval_set))
     if chosen is None:
-        raise ConfigError(f"{name} has no files of its own: say --{name}-eval-set FILE")
+        raise ConfigError(f"{name} has no files of its own: say {flag_of(name, 'eval_set')} FILE")
     sets = as_names(chosen, f"{name}_eval_set")
     languages: tuple[str | None, ...] = (None,)
     if kind.languages:
         languages = as_names(
-            said.get("languages", given.get("any_languages", kind.languages)), f"{name}_languages"
+            said.get(
+                "languages", given.get("any_languages", kind.default_languages or kind.languages)
+            ),
+            f"{name}_languages",
         )
         for language in languages:
             _check_language(name, kind, language)
     elif "languages" in said:
-        raise ConfigError(f"--{name}-languages: {name} is in one language; leave it out")
+        raise ConfigError(f"{flag_of(name, 'languages')}: {name} is in one language; leave it out")
     values = given.get("nb_few_shot_samples_values", _default_shots(kind, options, said))
     if isinstance(values, int):
         values = (values,)
@@ -340,7 +366,7 @@ def _plan_task(
         raise ConfigError(f"--nb-few-shot-samples-values {values}: expected numbers from 0 on")
     found = []
     for template in templates:
-        entry_t = TEMPLATES.get(template)
+        entry_t = template_entry(name, template)
         for language in languages:
             for eval_set in sets:
                 for k in dict.fromkeys(values):
@@ -390,19 +416,20 @@ def _evaluation(
     train_set = said.get("train_set", options.any_train_set or kind.train_set)
     if k and train_set is None:
         raise ConfigError(
-            f"{name} has no training set: say --{name}-train-set SET_OR_FILE, or ask for 0 shots"
+            f"{name} has no training set: say {flag_of(name, 'train_set')} SET_OR_FILE, or ask for"
+            " 0 shots"
         )
     train_lang = valid_lang = None
     if kind.languages:
         train_lang = said.get("train_lang", options.any_train_lang or language)
         _check_language(name, kind, train_lang)
     elif "train_lang" in said or "valid_lang" in said:
-        raise ConfigError(f"--{name}-train-lang: {name} is in one language; leave it out")
+        raise ConfigError(f"{flag_of(name, 'train_lang')}: {name} is in one language; leave it out")
     valid_set = said.get("valid_set", options.any_valid_set)
     if valid_set is not None:
         if options.predictor_name not in ("majorityclass", "majority"):
             raise ConfigError(
-                f"--{name.replace('_', '-')}-valid-set: only --predictor-name majorityclass reads"
+                f"{flag_of(name, 'valid_set')}: only --predictor-name majorityclass reads"
                 " it; leave it out"
             )
         if kind.languages:
@@ -467,12 +494,13 @@ def _calibrations(name: str, options: EvaluationOptions, said: Mapping[str, Any]
     found = as_names(said.get("calibration_options", ()), f"{name}_calibration_options")
     if found and options.calibrator_name is None:
         raise ConfigError(
-            f"--{name}-calibration-options: say --calibrator-name {calibration.AVERAGE_OPTION}, too"
+            f"{flag_of(name, 'calibration_options')}: say --calibrator-name"
+            f" {calibration.AVERAGE_OPTION}, too"
         )
     if options.calibrator_name is not None and not found:
         raise ConfigError(
             f"--calibrator-name {options.calibrator_name}: {name} needs"
-            f" --{name}-calibration-options, for example 'question::'"
+            f" {flag_of(name, 'calibration_options')}, for example 'question::'"
         )
     for option in found:
         calibration.replacements(option)
@@ -522,8 +550,8 @@ def _all_used(
                 *known, *LISTS, *(f.name for f in dataclasses.fields(EvaluationOptions)),
                 *(f"{name}_{suffix}" for name in names for suffix in TASK_FLAGS),
             }  # fmt: skip
-            near = difflib.get_close_matches(key, everything, n=1)
-            hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
+            like = difflib.get_close_matches(key, everything, n=1)
+            hint = f"; did you mean --{like[0].replace('_', '-')}?" if like else ""
             raise ConfigError(
                 f"--{key.replace('_', '-')}: no option of these tasks and templates{hint}"
             )

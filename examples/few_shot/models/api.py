@@ -24,10 +24,13 @@ class ScoreRequest:
     Attributes:
         context: ids, without a start symbol.
         continuations: each of one token at least.
+        unprompted: nothing stands in front of the candidates, and the context is only what they
+            begin with in common. A model whose texts have no start symbol gives such a text one.
     """
 
     context: Ids
     continuations: tuple[Ids, ...]
+    unprompted: bool = False
 
     @property
     def longest(self) -> int:
@@ -55,12 +58,12 @@ class GenerateRequest:
     """Text to go on from.
 
     Attributes:
-        prompt: the text.
+        prompt: ids, without a start symbol; with what may be written no more than the model takes.
         max_new_tokens: how many tokens are written at most.
         stop: texts that end the answer and are not part of it.
     """
 
-    prompt: str
+    prompt: Ids
     max_new_tokens: int
     stop: tuple[str, ...] = ()
 

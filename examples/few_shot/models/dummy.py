@@ -65,7 +65,8 @@ class DummyModel(Model):
         progress: Progress | None = None,
     ) -> list[str]:
         """The last word of the prompt."""
-        return [(each.prompt.split() or [""])[-1] for each in requests]
+        texts = ["".join(self.symbols(each.prompt)) for each in requests]
+        return [(text.split() or [""])[-1] for text in texts]
 
     def rank(
         self,

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fairseq_lite.training.checkpoint.parts import readable_files
 
 
-def files_identity(path: str) -> dict[str, Any]:
-    """Names, sizes and SHA-256 of the files of a checkpoint, and one digest of them all."""
-    found = [file for name in path.split(":") if name for file in _files(Path(name))]
+def checkpoint_files(path: str) -> list[Path]:
+    """The files of a checkpoint, or of several between colons."""
+    return [file for name in path.split(":") if name for file in _files(Path(name))]
+
+
+def identity_of(found: Sequence[Path]) -> dict[str, Any]:
+    """Names, sizes and SHA-256 of files, and one digest of them all."""
     files = [
         {"name": file.name, "size": file.stat().st_size, "sha256": _digest(file)} for file in found
     ]
-    whole = hashlib.sha256("".join(each["sha256"] for each in files).encode()).hexdigest()
+    whole = hashlib.sha256("".join(str(each["sha256"]) for each in files).encode()).hexdigest()
     return {"files": files, "sha256": whole}
 
 
