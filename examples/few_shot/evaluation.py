@@ -128,7 +128,7 @@ class Evaluation:
         if self.is_main:
             results.write_results(self.planned.results_file, found)
             if self.planned.options.confusion_matrix:
-                for line in confusion_lines(trials[0][0]):
+                for line in confusion_lines([each for some, _ in trials for each in some]):
                     print(line)
         return found
 

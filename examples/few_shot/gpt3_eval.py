@@ -24,7 +24,9 @@ from examples.few_shot.settings import (
     EvaluationOptions,
     PlannedEvaluation,
     as_names,
+    flag_of,
     plan,
+    template_entry,
 )
 from examples.few_shot.tasks.api import GROUPS, TASKS, task_names
 from examples.few_shot.templates.api import TEMPLATES
@@ -79,7 +81,7 @@ def get_argparser(tasks: Sequence[str] = (), templates: Sequence[str] = ()) -> P
             of_languages = suffix in ("languages", "train_lang", "valid_lang")
             if of_languages and not TASKS.get(name).factory.languages:
                 continue
-            flag = f"--{name}_{suffix}".replace("_", "-")
+            flag = flag_of(name, suffix)
             more = [f"--{name.replace('_', '-')}-language"] if suffix == "languages" else []
             kind = {"nargs": "+"} if several else {}
             group.add_argument(
@@ -110,7 +112,7 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
         [a for a in argv if a not in ("-h", "--help")]
     )
     templates = {
-        template: None
+        template_entry(name, template).name: None
         for name in names
         for template in as_names(
             getattr(with_tasks, f"{name}_template", TASKS.get(name).factory.template), "template"

@@ -276,3 +276,13 @@ def test_a_majority_may_be_that_of_another_set(data: Path) -> None:
     (found,) = gpt3_eval.run_evaluations_from_model_name("m", copa_valid_set="test", **values)
     lines = results.read_rows(data.parent / "out" / found["predictions"][0])
     assert {line["candidates"][1][1]["best"] for line in lines} == {True}
+
+
+def test_questions_without_a_known_answer_are_not_counted(data: Path) -> None:
+    some = [{**row, "label": row["label"]} for row in rows(4)]
+    for row in some[2:]:
+        del row["label"]
+    (data / "COPA" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    found = evaluate(planned(data, copa_eval_set="test", nb_few_shot_samples_values=[0]))
+    assert found["accuracy"]["mean"] in (0.0, 50.0, 100.0)
+    assert found["questions_cnt"] == 4

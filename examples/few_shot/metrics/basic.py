@@ -12,7 +12,7 @@ from examples.few_shot.predictors.api import Prediction
 
 @METRICS.register("accuracy")
 class Accuracy(Metric):
-    """Percentage of questions whose best candidate is a right one."""
+    """Percentage of questions whose best candidate is a right one; of those with a known answer."""
 
     def score(self, predictions: Sequence[Prediction]) -> Mapping[str, float]:
         return {"accuracy": percentage([p.best.candidate in p.sample.correct for p in predictions])}

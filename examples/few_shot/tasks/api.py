@@ -48,7 +48,8 @@ class FewShotTask(ABC):
             differently (the first that is there counts); `{lang}` stands for the language.
         train_set: where shots come from by default; None: it takes no shots.
         eval_set: what is evaluated by default; None: the user names a file.
-        languages: those it has, if it has several; the first is not special.
+        languages: those it has, if it has several.
+        default_languages: those that are evaluated by default; None: all.
         template: the template by default.
         metrics: names of its metrics, the preferred one first; see `metrics/api.py`.
         kind: "choice" scores candidates, "generation" writes answers, "ranking" ranks one word of
@@ -69,6 +70,7 @@ class FewShotTask(ABC):
     train_set: ClassVar[str | None] = None
     eval_set: ClassVar[str | None] = "val"
     languages: ClassVar[tuple[str, ...]] = ()
+    default_languages: ClassVar[tuple[str, ...] | None] = None
     template: ClassVar[str] = ""
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
     kind: ClassVar[Kind] = "choice"
