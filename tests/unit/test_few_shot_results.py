@@ -218,8 +218,10 @@ def test_a_missing_data_file_is_named_before_anything_is_loaded(tmp_path: Path) 
     assert "--data-dir" in str(raised.value) and "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("line", ['{"premise": "A."}', "[1]", "{", '{"premise": "A.", "choice1": '
-                                  '"b", "choice2": "c", "question": "cause", "label": 2}'])  # fmt: skip
+WRONG_LABEL = {"premise": "A.", "choice1": "b", "choice2": "c", "question": "cause", "label": 2}
+
+
+@pytest.mark.parametrize("line", ['{"premise": "A."}', "[1]", "{", json.dumps(WRONG_LABEL)])
 def test_a_damaged_row_is_named(data: Path, line: str) -> None:
     path = data / "COPA" / "val.jsonl"
     path.write_text(json.dumps(rows(1)[0]) + "\n" + line + "\n")

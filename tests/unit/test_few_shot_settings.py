@@ -62,7 +62,8 @@ def test_files_are_named_by_what_they_hold() -> None:
 
 def test_whatever_changes_numbers_changes_the_files() -> None:
     changes: list[dict[str, Any]] = [
-        {}, {"scoring": "mean"}, {"n_eval_samples": 5}, {"train_sep": "\\n"}, {"max_positions": 100},
+        {}, {"scoring": "mean"}, {"n_eval_samples": 5}, {"train_sep": "\\n"},
+        {"max_positions": 100},
         {"replace_newline_with_eos": True}, {"cause_conj": " since "}, {"capitalization": "upper"},
         {"predictor_name": "random"}, {"copa_eval_set": "test"}, {"beam_size": 2}, {"bf16": True},
         {"calibrator_name": "average_option", "copa_calibration_options": ["premise::"]},
