@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import shlex
@@ -32,7 +31,7 @@ from examples.few_shot.scheduling.settings import (
 from examples.few_shot.scheduling.status import Status, look
 from examples.few_shot.scheduling.submissions import Submission
 from examples.few_shot.scheduling.worker import Order, order_of
-from examples.few_shot.settings import EvaluationOptions, PlannedEvaluation
+from examples.few_shot.settings import PlannedEvaluation, default_options
 from fairseq_lite.errors import DataError, FliteError
 from fairseq_lite.plugins import import_user_dir
 from fairseq_lite_cli.entry import run_command
@@ -109,12 +108,17 @@ def schedule_experiment_jobs(
 
 
 def base_run_args(args: argparse.Namespace) -> dict[str, Any]:
-    """The weakest level: what the command line, or its defaults, say of evaluations."""
-    names = {each.name for each in dataclasses.fields(EvaluationOptions)} | {SHOTS}
+    """The weakest level: what the command line, or its defaults, say of evaluations.
+
+    Nothing where the evaluator's own default is meant: a model's name may imply another one.
+    """
+    own = {**default_options(), SHOTS: None}
+    typed = getattr(args, "typed", frozenset())
     return {
         name: value
         for name, value in vars(args).items()
-        if name in names and name not in RESERVED and value is not None and value is not False
+        if name in own and name not in RESERVED and value is not None
+        if name in typed or value != own[name]
     }
 
 
@@ -433,9 +437,12 @@ def shown_metrics(planned: Sequence[PlannedEvaluation], most: int = 4) -> str:
         name = said["preferred_metric"]
         found.append((each, str(name), said[name]["mean"]))
     if len(found) <= most:
+        parts = [(e.task, e.language or "", e.template, f"k={e.k}") for e, _, _ in found]
+        telling = [i for i in range(4) if len({part[i] for part in parts}) > 1]
+        labels = [" ".join(part[i] for i in telling) for part in parts]
         return ", ".join(
-            f"{name} {_number(value)}" + (f" (k={each.k})" if len(found) > 1 else "")
-            for each, name, value in found
+            f"{name} {_number(value)}" + (f" ({label})" if label else "")
+            for (_, name, value), label in zip(found, labels, strict=True)
         )
     means: dict[str, list[float]] = {}
     for _, name, value in found:

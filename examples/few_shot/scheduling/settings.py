@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from examples.few_shot import model_configs
 from examples.few_shot.settings import safe
 from examples.few_shot.tasks.api import GROUPS, TASKS
 from fairseq_lite.errors import ConfigError
@@ -195,16 +196,25 @@ def _is_list(value: Any) -> bool:
 def chosen_models(
     words: Iterable[str], groups: Groups, available: Mapping[str, Any]
 ) -> dict[str, ModelSettings]:
-    """The model settings that the words of `-m` mean: groups, keys, or paths of checkpoints.
+    """The model settings that the words of `-m` mean: groups, keys, or models themselves.
 
     Raises:
         ConfigError: a word is none of these, or a setting is wrong.
     """
+    named = model_configs.get_model_config_groups()
 
-    def other(word: str) -> tuple[str, ModelSettings] | None:
-        return (safe(word), ModelSettings(word)) if "/" in word else None
+    def other(word: str) -> dict[str, ModelSettings]:
+        if word in named:
+            return {name: _settings_of(name, available) for name in named[word]}
+        known = "/" in word or word.startswith(model_configs.CACHED)
+        known = known or word in model_configs.all_configs()
+        return {safe(word): ModelSettings(word)} if known else {}
 
     return _chosen("-m", "model", words, groups, available, as_model_settings, other)
+
+
+def _settings_of(name: str, available: Mapping[str, Any]) -> ModelSettings:
+    return as_model_settings(name, available.get(name, ModelSettings(name)))
 
 
 def chosen_tasks(
@@ -216,9 +226,8 @@ def chosen_tasks(
         ConfigError: a word is none of these, or a setting is wrong.
     """
 
-    def other(word: str) -> tuple[str, TaskSettings] | None:
-        known = word in TASKS or word in GROUPS
-        return (word, TaskSettings(word, (word,))) if known else None
+    def other(word: str) -> dict[str, TaskSettings]:
+        return {word: TaskSettings(word, (word,))} if word in TASKS or word in GROUPS else {}
 
     return _chosen("-t", "task", words, groups, available, as_task_settings, other)
 
@@ -230,7 +239,7 @@ def _chosen(
     groups: Groups,
     available: Mapping[str, Any],
     convert: Callable[[str, Any], S],
-    other: Callable[[str], tuple[str, S] | None],
+    other: Callable[[str], dict[str, S]],
 ) -> dict[str, S]:
     found: dict[str, S] = {}
     for word in words:
@@ -242,14 +251,12 @@ def _chosen(
                 found[key] = convert(key, available[key])
                 continue
             made = other(key)
-            if made is None:
+            if not made:
                 of = f" (of the group {word})" if word in groups else ""
-                hint = near(key, [*available, *groups]) or ""
-                raise ConfigError(
-                    f"{flag} {key}{of}: no {what} setting and no group{hint}; groups are"
-                    f" {_listed(groups)}; settings are {_listed(available)}"
-                )
-            found[made[0]] = made[1]
+                names = f"; groups: {_listed(groups)}; settings: {_listed(available)}"
+                hint = near(key, [*available, *groups]) or names
+                raise ConfigError(f"{flag} {key}{of}: no {what} setting and no group{hint}")
+            found.update(made)
     return found
 
 

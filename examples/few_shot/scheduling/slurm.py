@@ -71,7 +71,7 @@ class Needs:
         return {
             "name": f"{safe(name)}_few_shot",
             "nodes": self.nodes,
-            "gpus_per_node": self.gpus_per_node,
+            "gpus_per_node": self.gpus_per_node or None,
             "tasks_per_node": self.ntasks_per_node,
             "cpus_per_task": self.cpus_per_task,
             "timeout_min": self.minutes,
@@ -130,9 +130,8 @@ class RemoteJob:
         env = submitit.JobEnvironment()
         order = self.order
         planned = order.planned()
-        several = env.num_tasks > 1
         first = env.global_rank == 0
-        if several and not first and not _need_model(planned):
+        if not first and not _need_model(planned):
             return "the first task does it"
         if first:
             by = _who(order.name, env)
@@ -141,7 +140,7 @@ class RemoteJob:
         self._before = {str(each.results_file): _made(each) for each in planned}
         try:
             with _meeting_point(env):
-                errors = execute(order, one_of_several=several)
+                errors = execute(order, rank=env.global_rank, ranks=env.num_tasks)
         finally:
             if first and not self._goes_back:
                 submissions.release(planned)

@@ -80,13 +80,13 @@ def order_of(
     )
 
 
-def execute(order: Order, *, one_of_several: bool = False) -> list[str]:
+def execute(order: Order, *, rank: int = 0, ranks: int = 1) -> list[str]:
     """Carry out an order; one evaluation's mistake does not stop the others.
 
     Args:
         order: what to do.
-        one_of_several: other processes of a launcher's do the same, so that nothing may depend on
-            how far this one came.
+        rank: the number of this process among those of a launcher's that do the same.
+        ranks: how many these are. With several nothing may depend on how far one of them came.
 
     Returns:
         Mistakes that users can mend, one line each.
@@ -94,7 +94,7 @@ def execute(order: Order, *, one_of_several: bool = False) -> list[str]:
     planned = order.planned()
     if not order.override and not order.recalculate:
         planned = [each for each in planned if not results.is_complete(each)]
-    if order.override and not one_of_several:
+    if order.override and rank == 0:
         # Predictions that are there would be taken for those of a run that was interrupted.
         for each in planned:
             for path in each.prediction_files:
@@ -103,7 +103,7 @@ def execute(order: Order, *, one_of_several: bool = False) -> list[str]:
     if len(planned) > 1 and not order.recalculate:
         planned = _with_data(planned, errors)
     for group in _groups(planned):
-        _run_group(group, errors, one_of_several)
+        _run_group(group, errors, ranks > 1)
     return list(dict.fromkeys(errors))
 
 
@@ -169,9 +169,10 @@ def _run_group(group: list[PlannedEvaluation], errors: list[str], one_of_several
             # The first without results has failed. Where none has any, twice, the model has.
             fruitless = 0 if done else fruitless + 1
             failed = group[min(done, len(group) - 1)]
-            errors.append(str(e) if fruitless > 1 else f"{failed.task}: {e}")
             if fruitless > 1:
+                errors[-1] = str(e)
                 return
+            errors.append(f"{failed.task}: {e}")
             group = group[done + 1 :]
 
 

@@ -62,8 +62,16 @@ default_model_settings = {
     "moe_207B": _experts("moe_207B", 16),
     "moe_523B": _experts("moe_523B", 16),
     "moe_1.1T": _experts("moe_1.1T", 32),
+    "xglm_564M": _dense("xglm_564M", 1),
+    "xglm_1.7B": _dense("xglm_1.7B", 1),
+    "xglm_2.9B": _dense("xglm_2.9B", 1),
+    "xglm_4.5B": _dense("xglm_4.5B", 1),
+    "xglm_7.5B": _dense("xglm_7.5B", 2),
     "dense_lang16": _dense("dense_lang16", 1),
     "moe_128exp_lang16": _experts("moe_128exp_lang16", 2),
+    "tiny_125m": _dense("tiny_125m", 1),
+    "tiny_moe": _dense("tiny_moe", 1),
+    "tiny_multi_moe": _dense("tiny_multi_moe", 1),
 }
 
 _GPT3 = [key for key in default_model_settings if key.endswith("_gpt3_setting")]
@@ -73,6 +81,8 @@ default_model_run_groups = {
     "all": [*_GPT3, *_MOE],
     "gpt3_setting": _GPT3,
     "moe": _MOE,
+    "multilingual": [key for key in default_model_settings if key.startswith("xglm_")],
+    "baselines": ["random", "majority"],
 }
 
 
