@@ -24,11 +24,11 @@ from examples.few_shot.files import data_root
 from examples.few_shot.metrics.api import Metric, build_metric
 from examples.few_shot.models.api import Model
 from examples.few_shot.predictors.api import (
-    PREDICTORS,
     Prediction,
     Predictor,
     PredictorOptions,
     Trial,
+    predictor_type,
 )
 from examples.few_shot.samples import FewShotSample
 from examples.few_shot.settings import PlannedEvaluation
@@ -220,7 +220,7 @@ class Evaluation:
 
     def _predictor(self) -> Predictor:
         options = self.planned.options
-        predictor: Predictor = PREDICTORS.get(options.predictor_name).factory(
+        predictor = predictor_type(options.predictor_name)(
             self.model,
             PredictorOptions(
                 scoring=options.scoring,

@@ -17,7 +17,7 @@ from typing import Any
 
 from examples.few_shot import results
 from examples.few_shot.builtins import load_builtins
-from examples.few_shot.predictors.api import PREDICTORS
+from examples.few_shot.predictors.api import predictor_type
 from examples.few_shot.settings import (
     DEFAULT_SHOTS,
     TASK_FLAGS,
@@ -28,7 +28,7 @@ from examples.few_shot.settings import (
     plan,
     template_entry,
 )
-from examples.few_shot.tasks.api import GROUPS, TASKS, task_names
+from examples.few_shot.tasks.api import GROUPS, TASKS, task_names, task_type
 from examples.few_shot.templates.api import TEMPLATES
 from fairseq_lite.config.core import DistributedTrainingConfig
 from fairseq_lite.config.flags import add_flags
@@ -79,7 +79,7 @@ def get_argparser(tasks: Sequence[str] = (), templates: Sequence[str] = ()) -> P
         group = parser.add_argument_group(f"task {name}")
         for suffix, (several, text) in TASK_FLAGS.items():
             of_languages = suffix in ("languages", "train_lang", "valid_lang")
-            if of_languages and not TASKS.get(name).factory.languages:
+            if of_languages and not task_type(name).languages:
                 continue
             flag = flag_of(name, suffix)
             more = [f"--{name.replace('_', '-')}-language"] if suffix == "languages" else []
@@ -115,7 +115,7 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
         template_entry(name, template).name: None
         for name in names
         for template in as_names(
-            getattr(with_tasks, f"{name}_template", TASKS.get(name).factory.template), "template"
+            getattr(with_tasks, f"{name}_template", task_type(name).template), "template"
         )
     }
     found, unknown = get_argparser(names, list(templates)).parse_known_args(argv)
@@ -189,7 +189,7 @@ def run_planned(planned: Sequence[PlannedEvaluation]) -> None:
 
 
 def _run(work: _Work, options: EvaluationOptions) -> None:
-    needs_model = PREDICTORS.get(options.predictor_name).factory.needs_model
+    needs_model = predictor_type(options.predictor_name).needs_model
     if options.recalc_metrics_from_predictions or not needs_model:
         _without_model(work, options)
         return

@@ -21,7 +21,7 @@ from examples.few_shot.builtins import load_builtins
 from examples.few_shot.model_configs import options_of
 from examples.few_shot.predictors.api import PREDICTORS
 from examples.few_shot.scoring import SCORINGS
-from examples.few_shot.tasks.api import GROUPS, TASKS, task_names
+from examples.few_shot.tasks.api import GROUPS, TASKS, task_names, task_type
 from examples.few_shot.templates.api import TEMPLATES
 from fairseq_lite.config.flags import coerce, default_of, flag
 from fairseq_lite.errors import ConfigError
@@ -268,7 +268,7 @@ def template_entry(task: str, template: str) -> Entry:
         ConfigError: unknown; the message suggests near ones, and else those of the task.
     """
     if template not in TEMPLATES:
-        head = re.sub(r"(__.*|\d+)$", "", TASKS.get(task).factory.template)
+        head = re.sub(r"(__.*|\d+)$", "", task_type(task).template)
         kin = [name for name in TEMPLATES.names() if name.startswith(head)]
         hint = near(template, TEMPLATES.names()) or f"; {task} has {', '.join(kin)}"
         raise ConfigError(f"{flag_of(task, 'template')} {template}: unknown template{hint}")
@@ -336,7 +336,7 @@ def _plan_task(
     rest: dict[str, Any],
 ) -> list[PlannedEvaluation]:
     entry = TASKS.get(name)
-    kind = entry.factory
+    kind = task_type(name)
     if options.compute_vocab_dist and kind.kind != "ranking":
         raise ConfigError(
             f"--compute-vocab-dist: {name} ranks no word of the vocabulary; only lama_* do: leave"
@@ -408,7 +408,7 @@ def _evaluation(
     task_options: Any,
     template_options: Any,
 ) -> PlannedEvaluation:
-    kind = TASKS.get(name).factory
+    kind = task_type(name)
     if kind.max_shots is not None and k > kind.max_shots:
         raise ConfigError(
             f"--nb-few-shot-samples-values {k}: {name} takes {kind.max_shots or 'no'} shots"
@@ -540,7 +540,7 @@ def _all_used(
         TEMPLATES.get(template)
         for name in names
         for template in as_names(
-            per_task.get(name, {}).get("template", TASKS.get(name).factory.template), "template"
+            per_task.get(name, {}).get("template", task_type(name).template), "template"
         )
     ]
     known = {field.name for entry in entries for field in dataclasses.fields(entry.config)}

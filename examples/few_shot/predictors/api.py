@@ -139,3 +139,13 @@ class Predictor(ABC):
     def with_options(self, **changed: Any) -> Predictor:
         """The same predictor with other options."""
         return type(self)(self.model, dataclasses.replace(self.options, **changed))
+
+
+def predictor_type(name: str) -> type[Predictor]:
+    """The class of a predictor.
+
+    Raises:
+        ConfigError: unknown.
+    """
+    found: Any = PREDICTORS.get(name).factory
+    return found  # type: ignore[no-any-return]

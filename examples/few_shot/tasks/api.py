@@ -138,6 +138,16 @@ class FewShotTask(ABC):
         )
 
 
+def task_type(name: str) -> type[FewShotTask]:
+    """The class of a task: what can be asked without its data.
+
+    Raises:
+        ConfigError: unknown.
+    """
+    found: Any = TASKS.get(name).factory
+    return found  # type: ignore[no-any-return]
+
+
 def task_names(words: Iterable[str]) -> list[str]:
     """Names and groups as names, each once, in order.
 
