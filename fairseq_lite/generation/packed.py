@@ -196,18 +196,37 @@ class PackedReader:
         # A token a row: the table of positions takes the length of rows for the longest text.
         places = packed.places[:, None] + (decoder.padding_idx + 1)
         x = decoder.embed(packed.tokens[:, None], places).transpose(0, 1)
-        for number, layer in enumerate(decoder.layers):
+        for number, layer in enumerate(decoder.layers[:-1]):
             assert isinstance(layer, TransformerDecoderLayer)
             attend_to = partial(self._attend, number, layer.self_attn, packed, keep)
             x = layer.feed_forward(layer.self_attention(x, attend_to))[0]
+        x = self._last_layer(x, packed, wanted, keep)
         if keep:
             self.length += packed.tokens.size(0)
-        return decoder.finish(x[0].index_select(0, wanted))
+        return decoder.finish(x[0])
+
+    def _last_layer(self, x: Tensor, packed: Packed, wanted: Tensor, keep: bool) -> Tensor:
+        """States (1, N, D) to those of the wanted tokens, (1, W, D): nothing reads the others."""
+        layer = self.decoder.layers[-1]
+        assert isinstance(layer, TransformerDecoderLayer)
+        states = layer.self_attn_layer_norm(x) if layer.normalize_before else x
+
+        def attend_to(_: Tensor) -> Tensor:
+            number = len(self.decoder.layers) - 1
+            return self._attend(number, layer.self_attn, packed, keep, states, wanted)
+
+        return layer.feed_forward(layer.self_attention(x.index_select(1, wanted), attend_to))[0]
 
     def _attend(
-        self, number: int, attention: MultiheadAttention, packed: Packed, keep: bool, x: Tensor
+        self,
+        number: int,
+        attention: MultiheadAttention,
+        packed: Packed,
+        keep: bool,
+        x: Tensor,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """What attention makes of (1, N, D)."""
+        """What attention makes of (1, N, D); of (W,) wanted tokens where only those matter."""
         q, k, v = (
             attention.split_heads(project(x))
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -223,6 +242,8 @@ class PackedReader:
             mix = self._mix if block.padding is None else self._mix_padded
             parts.append(mix(block, past, own, dropout_p))
         mixed = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if wanted is not None:
+            mixed = mixed.index_select(1, wanted)
         out: Tensor = attention.out_proj(mixed.flatten(2))
         return out
 
