@@ -40,13 +40,18 @@ def loopback(count: int) -> Iterator[list[Host]]:
     yield [Host("127.0.0.1")] * count
 
 
+def may_have_namespaces() -> bool:
+    """Whether it is worth a try; a kernel may still refuse."""
+    return sys.platform == "linux" and shutil.which("ip") is not None and os.geteuid() == 0
+
+
 @contextmanager
 def namespaces(count: int) -> Iterator[list[Host]]:
     """Network namespaces joined by a bridge: each has an address of its own and its own loopback.
 
     Needs root, iproute2 and a kernel that allows it; skips the test otherwise.
     """
-    if sys.platform != "linux" or shutil.which("ip") is None or os.geteuid() != 0:
+    if not may_have_namespaces():
         pytest.skip("network namespaces need Linux, root and iproute2")
     tag = f"fl{os.getpid() % 100000}"
     names = [f"{tag}h{i}" for i in range(count)]
