@@ -13,9 +13,19 @@ FOLDER = REPOSITORY / "scripts" / "sweep"
 if str(FOLDER) not in sys.path:
     sys.path.insert(0, str(FOLDER))  # where Python looks first when a script of it is executed
 
-from sweep import attempt, control, grid, hyperparam, options, results, slurm, state
+from sweep import attempt, control, grid, hyperparam, main, options, results, slurm, state
 
-__all__ = ["attempt", "control", "grid", "hyperparam", "options", "results", "slurm", "state"]
+__all__ = [
+    "attempt",
+    "control",
+    "grid",
+    "hyperparam",
+    "main",
+    "options",
+    "results",
+    "slurm",
+    "state",
+]
 
 
 def script(name: str) -> ModuleType:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fairseq_lite.errors import ConfigError
-from tests.helpers.sweeps import attempt, control, grid, hyperparam, results, state
+from tests.helpers.sweeps import control, grid, hyperparam, results, state
 
 State = state.State
 
@@ -221,19 +221,20 @@ def test_a_sweep_that_was_killed_goes_on(sweep):
     assert sweep.starts() == {1: 1, 2: 1, 3: 1}
 
 
-def test_an_order_to_end_ends_the_sweep(sweep, monkeypatch):
-    def terminate(number: int, frame: object) -> None:
+@pytest.mark.parametrize(("name", "status"), [("TERM", 143), ("HUP", 129)])
+def test_an_order_to_end_ends_the_sweep(sweep, name, status):
+    def terminate(number: int, frame: object) -> None:  # as run_command does
         raise SystemExit(143)
 
-    monkeypatch.setattr(attempt, "GRACE_SECONDS", 5)
-    sweep._trainer.write_text("kill -TERM $PPID; sleep 90")
+    sweep._trainer.write_text(f"kill -{name} $PPID; sleep 90")
     before = signal.signal(signal.SIGTERM, terminate)
     try:
-        sweep(status=143)
+        sweep(status=status)
     finally:
         signal.signal(signal.SIGTERM, before)
     found = [state.state_of(sweep.folder(lr))[0] for lr in (1, 2, 3)]
     assert sorted(how_far.value for how_far in found) == ["interrupted", "new", "new"]
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
 
 
 def test_slurms_flags_have_no_part_in_a_local_sweep(sweep):

@@ -165,6 +165,13 @@ def test_another_script_and_interpreter(tmp_path):
     assert not run.arguments
 
 
+def test_a_copy_of_the_code_is_run_from_its_folder():
+    (run,) = runs_of(lambda args: [], None, args_of("--snapshot-code", "--checkpoints-dir", "out"))
+    assert run.command[1] == "out/x.ngpu2/code/fairseq_lite_cli/train.py"
+    assert run.python_path == str(Path("out/x.ngpu2/code").absolute())
+    assert run.arguments == run.command[2:]
+
+
 @pytest.mark.parametrize("name", ["--save-dir", "--distributed-world-size"])
 def test_what_the_sweep_itself_gives_is_refused(name):
     with pytest.raises(ConfigError, match=f"the grid has {name}"):
