@@ -223,7 +223,8 @@ def test_results_in_another_order_are_noticed(checkpoints: dict[str, str]) -> No
 
 
 def test_a_translation_model_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "load_models", lambda *args, **kwargs: SimpleNamespace(task=None))
+    found = SimpleNamespace(task=None, folder="files that it carries")
+    monkeypatch.setattr(hub, "load_models", lambda *args, **kwargs: found)
     world = SingleWorld()
     world.size = 2
     with pytest.raises(ConfigError, match="world: a translation model is used by one process"):
