@@ -1,0 +1,301 @@
+"""Scheduling of few-shot evaluations: who works on what, shares of a machine, needs on Slurm."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.few_shot import results
+from examples.few_shot.scheduling import submissions
+from examples.few_shot.scheduling.arguments import get_argparser
+from examples.few_shot.scheduling.machine import Machine, share
+from examples.few_shot.scheduling.plan import Job, Levels, plan_jobs
+from examples.few_shot.scheduling.schedule import check_folder, shown_metrics
+from examples.few_shot.scheduling.settings import ModelSettings, TaskSettings
+from examples.few_shot.scheduling.slurm import Needs, needs
+from examples.few_shot.scheduling.status import look
+from examples.few_shot.scheduling.submissions import SLURM, Submission
+from examples.few_shot.scheduling.worker import order_of
+from examples.few_shot.settings import PlannedEvaluation
+from fairseq_lite.errors import ConfigError, DataError
+from fairseq_lite_cli.alive import Process, slurm_jobs_alive
+
+
+def _job(folder: Path, **params: Any) -> Job:
+    levels = Levels({"nb_few_shot_samples_values": [0, 2], **params})
+    model = ModelSettings("dummy", {}, {"predictor_name": "dummy"})
+    (job,) = plan_jobs({"m": model}, {"t": TaskSettings("t", ["copa"])}, levels, folder).jobs
+    return job
+
+
+def _finish(planned: PlannedEvaluation, **changed: Any) -> None:
+    found = {
+        "format": results.FORMAT,
+        "complete": True,
+        "settings": dict(planned.settings),
+        "preferred_metric": "accuracy",
+        "accuracy": {"mean": 50.0},
+    }
+    results.write_results(planned.results_file, {**found, **changed})
+
+
+def _dead() -> Process:
+    """A process that has ended."""
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    found = Process.of(done.pid)
+    done.wait()
+    return found
+
+
+# -- how far a job is
+
+
+def test_an_evaluation_is_complete_only_with_the_jobs_own_settings(tmp_path: Path):
+    job = _job(tmp_path)
+    none, two = job.evaluations
+    assert look([job])[0].missing == (none, two)
+    _finish(none)
+    _finish(two, settings={**two.settings, "scoring": "other"})
+    (status,) = look([job])
+    assert (status.completed, status.missing, status.todo) == ((none,), (two,), (two,))
+    none.results_file.write_text(none.results_file.read_text()[:-20])
+    assert look([job])[0].todo == (none, two)
+
+
+def test_what_somebody_works_on_is_left_to_them_even_with_override(tmp_path: Path):
+    job = _job(tmp_path)
+    none, two = job.evaluations
+    _finish(none)
+    for each in (none, two):
+        assert submissions.claim(each, Submission.of_process("other", os.getppid()))
+    (status,) = look([job])
+    assert status.completed == (none,)  # whoever has made it need not be asked any more
+    assert [each for each, _ in status.submitted] == [two] and status.todo == ()
+    (status,) = look([job], override=True)
+    assert [each for each, _ in status.submitted] == [none, two] and status.todo == ()
+
+
+def test_override_does_again_and_recalculation_only_what_is_complete(tmp_path: Path):
+    job = _job(tmp_path)
+    none, two = job.evaluations
+    _finish(none)
+    assert look([job], override=True)[0].todo == (none, two)
+    assert look([job], recalculate=True)[0].todo == (none,)
+
+
+# -- who works on an evaluation
+
+
+def test_of_two_only_one_gets_an_evaluation_until_it_lets_go(tmp_path: Path):
+    (each, _) = _job(tmp_path).evaluations
+    theirs, mine = Submission.of_process("a", os.getppid()), Submission.of_process("b")
+    assert submissions.claim(each, theirs) and not submissions.claim(each, mine)
+    assert submissions.read(each) == theirs
+    submissions.release([each])
+    assert submissions.claim(each, mine) and submissions.claim(each, mine)
+    assert [path.name for path in each.results_file.parent.iterdir()] == [
+        each.results_file.name + ".submitted"
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"job": 1}', '{"process": {}}'])
+def test_a_file_that_says_nothing_blocks_nothing(tmp_path: Path, text: str):
+    (each, _) = _job(tmp_path).evaluations
+    each.results_file.parent.mkdir(parents=True)
+    submissions.marker(each).write_text(text)
+    assert submissions.read(each) is None
+    assert submissions.claim(each, Submission.of_process("a"))
+
+
+def test_a_process_that_has_ended_blocks_nothing(tmp_path: Path):
+    job = _job(tmp_path)
+    each, _ = job.evaluations
+    dead = dataclasses.replace(Submission.of_process("a"), process=_dead())
+    assert submissions.claim(each, dead)
+    assert look([job])[0].submitted == ()
+    assert submissions.claim(each, Submission.of_process("b"))
+
+
+def test_a_later_process_with_the_same_number_is_another_one():
+    me = Process.of(os.getpid())
+    assert me.is_alive and not dataclasses.replace(me, began="long ago").is_alive
+
+
+def test_nobody_knows_of_another_machines_process():
+    other = Process("elsewhere", 1)
+    assert other.is_alive and not other.is_here
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A squeue that knows the jobs in a file, and says so as Slurm does when it knows none."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    known = folder / "jobs"
+    known.write_text("")
+    (folder / "squeue").write_text(
+        f'#!/bin/sh\necho "$@" >> {folder}/calls\n'
+        f"if [ -s {known} ]; then cat {known}; exit 0; fi\n"
+        'echo "slurm_load_jobs error: Invalid job id specified" >&2\nexit 1\n'
+    )
+    (folder / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return known
+
+
+def test_slurm_is_asked_once_for_all_jobs_element_by_element(slurm: Path):
+    slurm.write_text("4711_0\n4712\n")
+    assert slurm_jobs_alive(["4711_0", "4711_1", "4712", "4713"]) == {"4711_0", "4712"}
+    calls = (slurm.parent / "calls").read_text().splitlines()
+    assert len(calls) == 1 and "--array" in calls[0] and "4711_0,4711_1,4712,4713" in calls[0]
+    assert slurm_jobs_alive([]) == set()
+
+
+def test_slurm_forgets_jobs_that_have_ended(slurm: Path):
+    assert slurm_jobs_alive(["4711_0"]) == set()
+
+
+def test_where_slurm_cannot_be_asked_jobs_count_as_alive(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    by = Submission("a", SLURM, _dead(), "4711_0")
+    assert not submissions.living([by]) and submissions.can_tell(by)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert slurm_jobs_alive(["4711_0"]) is None
+    assert submissions.living([by]) == {by} and not submissions.can_tell(by)
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho 'Unable to contact controller' >&2\nexit 1\n")
+    (tmp_path / "squeue").chmod(0o755)
+    assert slurm_jobs_alive(["4711_0"]) is None
+
+
+# -- this machine
+
+
+@pytest.mark.parametrize(
+    ("machine", "asked", "jobs", "gpus", "found", "said"),
+    [
+        (Machine(8), 4, 9, 1, (4, 2, ()), ""),
+        (Machine(8), 4, 2, 1, (2, 4, ()), ""),
+        (Machine(2), 8, 9, 1, (2, 1, ()), "-j 8: 2 core(s) here, so 2 job(s) at a time"),
+        (Machine(8, None, ("0", "1")), 1, 9, 2, (1, 8, ()), ""),
+        (Machine(8, None, tuple("0123")), 2, 9, 1, (2, 4, (("0", "1"), ("2", "3"))), ""),
+        (Machine(8, None, tuple("0123")), 4, 9, 2, (2, 4, (("0", "1"), ("2", "3"))), "4 GPU(s)"),
+        (Machine(8, None, ("0",)), 4, 9, 2, (1, 8, ()), "1 GPU(s) here and 2 for a job"),
+        (Machine(8, None, tuple("012")), 3, 9, 0, (3, 2, (("0",), ("1",), ("2",))), ""),
+    ],
+)
+def test_a_machine_is_shared_out_within_its_limits(
+    machine: Machine, asked: int, jobs: int, gpus: int, found: tuple[Any, ...], said: str
+):
+    each, reason = share(machine, asked, jobs, gpus)
+    assert (each.jobs, each.threads, each.gpus) == found
+    assert said in reason and bool(said) == bool(reason)
+
+
+def test_a_share_is_told_to_processes_and_a_smaller_one_that_was_asked_for_is_kept():
+    each, _ = share(Machine(8, 16 << 30, ("3", "5")), 2, 2)
+    environ = each.environ(1, {"A": "b"})
+    assert environ == {"A": "b", "OMP_NUM_THREADS": "4", "CUDA_VISIBLE_DEVICES": "5"}
+    assert each.environ(0, {"OMP_NUM_THREADS": "1"})["OMP_NUM_THREADS"] == "1"
+    assert each.environ(0, {"OMP_NUM_THREADS": "64"})["OMP_NUM_THREADS"] == "4"
+    assert "8.0 GB" in str(each) and "4 core(s)" in str(each)
+    with pytest.raises(ConfigError, match="-j 0: expected 1 or more"):
+        share(Machine(8), 0, 1)
+
+
+def test_this_machine_has_cores():
+    assert 1 <= Machine.here(cpu=True).cores <= (os.cpu_count() or 1)
+
+
+def test_gpus_are_those_that_processes_would_see(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 5")
+    assert Machine.here().gpus == ("2", "5")
+    assert Machine.here(cpu=True).gpus == ()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert Machine.here().gpus == ()
+
+
+# -- Slurm
+
+
+def test_a_models_setting_wins_over_the_flags_of_slurm():
+    args = get_argparser("x", {}, {}, {}, {}).parse_args(
+        ["--slurm-nodes", "3", "--slurm-partition", "p", "--slurm-array-parallelism", "7",
+         "--slurm-mail-user", "me@example.org", "--slurm-time", "60"]
+    )  # fmt: skip
+    free = needs(ModelSettings("m"), args)
+    assert (free.nodes, free.partition, free.parallel, free.minutes) == (3, "p", 7, 60)
+    own = needs(ModelSettings("m", {}, {}, 2, 8, 1, 4, 5, partition="q", mem="9G"), args)
+    assert own == Needs(2, 8, 1, 4, 5, 60, "q", None, "9G", "me@example.org", "FAIL")
+    assert (
+        needs(ModelSettings("m"), get_argparser("x", {}, {}, {}, {}).parse_args([])).parallel == 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "cpu", "size"),
+    [
+        (Needs(gpus_per_node=1), False, 1),
+        (Needs(gpus_per_node=8), False, 8),
+        (Needs(nodes=2, gpus_per_node=8), False, 16),
+        (Needs(nodes=2, gpus_per_node=8, ntasks_per_node=8), False, 16),
+        (Needs(gpus_per_node=0, ntasks_per_node=4), False, 4),
+        (Needs(gpus_per_node=0), False, 1),
+        (Needs(nodes=2, gpus_per_node=8), True, 2),
+    ],
+)
+def test_processes_of_a_job(wanted: Needs, cpu: bool, size: int):
+    assert wanted.world_size(cpu=cpu) == size
+
+
+def test_needs_in_submitits_words():
+    found = Needs(gpus_per_node=2, mail_user="me", mail_type="END").parameters("a b")
+    assert found["name"] == "a_b_few_shot"
+    assert found["slurm_mem"] == "116GB" and found["slurm_array_parallelism"] == 3
+    assert (found["slurm_mail_user"], found["slurm_mail_type"]) == ("me", "END")
+    none = Needs(gpus_per_node=0, mail_type="FAIL").parameters("a")
+    assert none["slurm_mem"] is None and none["slurm_mail_type"] is None
+    assert none["gpus_per_node"] is None
+
+
+# -- orders and lines
+
+
+def test_an_order_means_the_evaluations_it_was_made_for(tmp_path: Path):
+    job = _job(tmp_path)
+    none, two = job.evaluations
+    order = order_of(job, [two], world_size=4)
+    (found,) = order.planned()
+    assert (found.results_file, found.settings) == (two.results_file, two.settings)
+    assert found.options.distributed_world_size == 4
+    assert order_of(job, [none, two]).without([none]).only == (str(two.results_file),)
+    own = _job(tmp_path, distributed_world_size=2)
+    assert order_of(own, [two], world_size=4).planned()[0].options.distributed_world_size == 2
+
+
+def test_main_metrics_are_told_apart_by_what_differs(tmp_path: Path):
+    none, two = _job(tmp_path).evaluations
+    _finish(none)
+    _finish(two, accuracy={"mean": None})
+    assert shown_metrics([none]) == "accuracy 50.00"
+    assert shown_metrics([none, two]) == "accuracy 50.00 (k=0), accuracy undefined (k=2)"
+    assert shown_metrics([none, two] * 3) == "accuracy 50.00 (mean of 3)"
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path):
+    check_folder(tmp_path / "a" / "b")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="file is a file; expected a folder"):
+        check_folder(tmp_path / "file" / "b")
+
+
+def test_a_folder_without_permission_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(DataError, match=f"no permission to write in {tmp_path}"):
+        check_folder(tmp_path / "a")
