@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from examples.few_shot.builtins import load_builtins
 from examples.few_shot.scheduling.arguments import arg_modify_default, checked, get_argparser
 from examples.few_shot.scheduling.plan import Levels, Split, folder_name, plan_jobs
 from examples.few_shot.scheduling.precedence import (
@@ -67,6 +68,7 @@ def test_merging_changes_no_level():
 
 
 def test_two_spellings_of_a_name_meet():
+    load_builtins()
     given = {"xcopa_language": ["et"], "xcopa_templates": ["xcopa"], "scoring": "sum"}
     found = {"xcopa_languages": ["et"], "xcopa_template": ["xcopa"], "scoring": "sum"}
     assert canonical(given) == found
@@ -415,7 +417,18 @@ assert status == 0
 loaded = {"torch", "transformers", "submitit", "sentencepiece"} & set(sys.modules)
 assert not loaded, loaded
 """
-    words = ["-t", "all", "-m", "all", "--nshot", "0", "-o", str(tmp_path / "a" / "b"), "--dry-run"]
+    words = [
+        "-t",
+        "all",
+        "-m",
+        "random",
+        "moe_1.1T",
+        "--nshot",
+        "0",
+        "-o",
+        str(tmp_path / "a" / "b"),
+        "--dry-run",
+    ]
     environ = {**os.environ, "FSD": str(tmp_path / "none"), "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60,

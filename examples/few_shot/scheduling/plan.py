@@ -152,13 +152,14 @@ def plan_jobs(
             names the two settings.
     """
     load_builtins()
+    options = _every_option()
     jobs: list[Job] = []
     remarks: dict[str, None] = {}
     taken: set[Path] = set()
     for model_key, model in models.items():
         calls: dict[str, tuple[Call, list[PlannedEvaluation]]] = {}
         for task_key, task in tasks.items():
-            call, merged = _call(model_key, model, task_key, task, levels, output)
+            call, merged = _call(model_key, model, task_key, task, levels, output, options)
             for name, value, source in gave_way(levels.base, sorted(levels.typed), merged):
                 key = {TASK: f" {task_key}"}.get(source, f" {model_key}")
                 key = key if source.endswith("setting") else ""
@@ -185,6 +186,7 @@ def _call(
     task: TaskSettings,
     levels: Levels,
     output: Path,
+    options: frozenset[str],
 ) -> tuple[Call, Merged]:
     merged = merge_run_args(
         levels.base,
@@ -194,7 +196,7 @@ def _call(
         canonical(levels.custom_override),
     )
     try:
-        values = _applicable(merged, task.tasks)
+        values = _applicable(merged, task.tasks, options)
     except ConfigError as e:
         raise ConfigError(f"task {task_key}: {e}") from None
     folder = output / folder_name(task.prefix, model_key, values)
@@ -207,7 +209,17 @@ def _call(
     return Call(task_key, model.model_name, values, sources), merged
 
 
-def _applicable(merged: Merged, tasks: Iterable[str]) -> dict[str, Any]:
+def _every_option() -> frozenset[str]:
+    """The options of all tasks and templates."""
+    return frozenset(
+        each.name
+        for registry in (TASKS, TEMPLATES)
+        for name in registry.names()
+        for each in dataclasses.fields(registry.get(name).config)
+    )
+
+
+def _applicable(merged: Merged, tasks: Iterable[str], options: frozenset[str]) -> dict[str, Any]:
     """Without what models and scripts say of tasks and templates that are not evaluated here.
 
     A task setting that says something of others is mistaken; a model's may speak of many.
@@ -219,16 +231,11 @@ def _applicable(merged: Merged, tasks: Iterable[str]) -> dict[str, Any]:
         chosen = merged.values.get(f"{name}_template") or TASKS.get(name).factory.template
         entries += [TEMPLATES.get(each) for each in as_names(chosen, f"{name}_template")]
     own = {each.name for entry in entries for each in dataclasses.fields(entry.config)}
-    others = {
-        each.name
-        for registry in (TASKS, TEMPLATES)
-        for name in registry.names()
-        for each in dataclasses.fields(registry.get(name).config)
-    } - own
+    others = options - own - general
     found = {}
     for name, value in merged.values.items():
         owner = flag_owner(name)
-        strange = owner[0] not in names if owner is not None else name in others - general
+        strange = owner[0] not in names if owner is not None else name in others
         if merged.sources[name] == TASK or not strange:
             found[name] = value
     return found

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from examples.few_shot.builtins import load_builtins
 from examples.few_shot.settings import flag_owner
 
 Values = Mapping[str, Any]
@@ -61,9 +60,8 @@ def merge_run_args(
 def canonical(values: Values) -> dict[str, Any]:
     """The same values by one spelling of each name: `pawsx_language` is `pawsx_languages`.
 
-    Two spellings of one name would not meet in `merge_run_args`.
+    Two spellings of one name would not meet in `merge_run_args`. Only registered tasks have names.
     """
-    load_builtins()
     found: dict[str, Any] = {}
     for name, value in values.items():
         owner = flag_owner(name)
