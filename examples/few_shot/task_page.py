@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples.few_shot.builtins import load_builtins
-from examples.few_shot.tasks.api import GROUPS, TASKS, FewShotTask
+from examples.few_shot.tasks.api import GROUPS, TASKS, FewShotTask, task_type
 
 PAGE = Path(__file__).parent / "docs" / "TASKS.md"
 MARK = "<!-- tasks: written by python -m examples.few_shot.task_page -->"
@@ -43,20 +43,20 @@ def _families() -> list[list[str]]:
     """Names of tasks; those of the form FAMILY__NAME together. Plugins' tasks are left out."""
     found: dict[str, list[str]] = {}
     for name in TASKS.names():
-        if TASKS.get(name).factory.__module__.startswith("examples.few_shot.tasks."):
+        if task_type(name).__module__.startswith("examples.few_shot.tasks."):
             family, parts, _ = name.partition("__")
             found.setdefault(family + parts, []).append(name)
     return list(found.values())
 
 
 def _row(names: Sequence[str]) -> tuple[str, ...]:
-    task: type[FewShotTask] = TASKS.get(names[0]).factory
+    task = task_type(names[0])
     cells = (
         f"`{names[0]}`",
         inspect.cleandoc(task.__doc__ or "").partition("\n")[0].rstrip("."),
         _kind(task),
         _defaults(task),
-        f"{len(task.languages)}: {' '.join(task.languages)}" if task.languages else "",
+        _languages(task),
         f"`{task.template}`",
         ", ".join(task.metrics),
     )
@@ -66,7 +66,7 @@ def _row(names: Sequence[str]) -> tuple[str, ...]:
 
 def _files(names: Sequence[str]) -> list[tuple[str, ...]]:
     """The files of each set of a task, in the order in which they are looked for."""
-    task: type[FewShotTask] = TASKS.get(names[0]).factory
+    task = task_type(names[0])
     rows = []
     for each, paths in task.sets.items():
         listed = (paths,) if isinstance(paths, str) else paths
@@ -89,6 +89,14 @@ def _kind(task: type[FewShotTask]) -> str:
     if task.kind == "generation":
         return f"generation, {task.max_new_tokens} tokens"
     return task.kind + (", no shots" if task.max_shots == 0 else "")
+
+
+def _languages(task: type[FewShotTask]) -> str:
+    if not task.languages:
+        return ""
+    left_out = sorted({*task.languages} - {*(task.default_languages or task.languages)})
+    said = f"; by default without {' '.join(left_out)}" if left_out else ""
+    return f"{len(task.languages)}: {' '.join(task.languages)}{said}"
 
 
 def _defaults(task: type[FewShotTask]) -> str:

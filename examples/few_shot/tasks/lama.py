@@ -110,7 +110,7 @@ class LAMATREx(LAMA):
     def rows(self, path: Path) -> Iterator[files.Row]:
         templates = relation_templates(path.parent / "relations.jsonl") if path.is_dir() else {}
         for row, where in super().rows(path):
-            yield {"template": templates.get(row.get("predicate_id"))} | row, where
+            yield {"template": templates.get(row.get("predicate_id", ""))} | row, where
 
     def sample(self, row: dict[str, Any], where: str) -> FewShotSample | None:
         if row["template"] is None:

@@ -30,12 +30,9 @@ class ScienceTask(FewShotTask):
         labels = list(choices)
         if key and key not in choices:
             raise DataError(f"{where}: the answer is {key!r}; choices are {', '.join(labels)}")
-        data = {
-            "question": question,
-            "texts": list(choices.values()),
-            "context": self.context(row, where),
-            **{field: row[field] for field in ("query", "choices") if field in row},
-        }
+        kept: dict[str, Any] = {field: row[field] for field in ("query", "choices") if field in row}
+        texts = list(choices.values())
+        data = kept | {"question": question, "texts": texts, "context": self.context(row, where)}
         return choice(data, labels, labels.index(key) if key else None, where)
 
     def context(self, row: Mapping[str, Any], where: str) -> str:
@@ -62,39 +59,42 @@ def _flat(row: Mapping[str, Any]) -> tuple[str, dict[str, str], str]:
     return query.strip(), choices, list(choices)[row["gold"]]
 
 
-def _arc(name: str) -> dict[str, tuple[str, ...]]:
-    parts = {"train": "Train", "dev": "Dev", "test": "Test"}
-    return {
-        each: tuple(f"{root}/{name}/{name}-{part}.jsonl" for root in ("ARC-V1-Feb2018-2", "arc"))
-        for each, part in parts.items()
+def _sets(*patterns: str, test: str = "") -> dict[str, tuple[str, ...]]:
+    """The three sets by how their files are called, and the test set's file elsewhere."""
+    found = {
+        each: tuple(pattern.format(set=each, Set=each.capitalize()) for pattern in patterns)
+        for each in ("train", "dev", "test")
     }
+    return found | {"test": (*found["test"], *filter(None, [test]))}
+
+
+def _arc(name: str, test: str) -> dict[str, tuple[str, ...]]:
+    roots = ("ARC-V1-Feb2018-2", "arc")
+    return _sets(*(f"{root}/{name}/{name}-{{Set}}.jsonl" for root in roots), test=test)
 
 
 @TASKS.register("arceasy")
 class ARCEasy(ScienceTask):
     """The easy set of the AI2 Reasoning Challenge (Clark et al. 2018)."""
 
-    sets = _arc("ARC-Easy")
-    sets["test"] += ("llmfoundry/arc_easy.jsonl",)
+    sets = _arc("ARC-Easy", "llmfoundry/arc_easy.jsonl")
 
 
 @TASKS.register("arcchallenge")
 class ARCChallenge(ScienceTask):
     """The challenge set of the AI2 Reasoning Challenge (Clark et al. 2018)."""
 
-    sets = _arc("ARC-Challenge")
-    sets["test"] += ("llmfoundry/arc_challenge.jsonl",)
+    sets = _arc("ARC-Challenge", "llmfoundry/arc_challenge.jsonl")
 
 
 @TASKS.register("openbookqa")
 class OpenBookQA(ScienceTask):
     """OpenBookQA (Mihaylov et al. 2018), without its book of facts."""
 
-    sets = {  # noqa: RUF012
-        each: (f"OpenBookQA-V1-Sep2018/Data/Main/{each}.jsonl", f"openbookqa/{each}.jsonl")
-        for each in ("train", "dev", "test")
-    }
-    sets["test"] += ("llmfoundry/openbook_qa.jsonl",)
+    sets = _sets(
+        "OpenBookQA-V1-Sep2018/Data/Main/{set}.jsonl", "openbookqa/{set}.jsonl",
+        test="llmfoundry/openbook_qa.jsonl",
+    )  # fmt: skip
     template = "openbookqa"
 
 
@@ -134,10 +134,7 @@ class Exams(ScienceTask):
     """
 
     cfg: ExamsConfig
-    sets = {  # noqa: RUF012
-        each: (f"exams/multilingual/{each}.jsonl", f"exams/{each}.jsonl")
-        for each in ("train", "dev", "test")
-    }
+    sets = _sets("exams/multilingual/{set}.jsonl", "exams/{set}.jsonl")
     languages = tuple(_EXAMS_LANGUAGES)
     template = "exams"
 
