@@ -35,6 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "dense": train_language_model(data, folder / "dense"),
         "moe": train_language_model(data, folder / "moe", *EXPERTS),
+        "other": train_language_model(data, folder / "whole", updates=2),
         "sharded": train_language_model(data, folder / "sharded", *sharded, updates=3),
     }
 
@@ -173,3 +174,21 @@ def test_a_checkpoint_that_is_not_there_is_one_line(tasks: Path, tmp_path: Path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert str(tmp_path / "no") in done.stderr.strip().splitlines()[-1]
+
+
+def test_results_of_another_checkpoint_under_the_same_name_are_made_anew(
+    models: dict[str, Path], tasks: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.pt"
+    words = ["--tasks", "copa", "--nshot", 0, "--data-dir", tasks, "--results-dir",
+             tmp_path / "out", "--skip-completed"]  # fmt: skip
+    path.write_bytes(models["dense"].read_bytes())
+    (one,) = evaluate(path, *words)
+    (same,) = evaluate(path, *words)
+    assert same["times"] == one["times"]
+    path.write_bytes(models["other"].read_bytes())
+    (other,) = evaluate(path, *words)
+    assert other["model"]["sha256"] != one["model"]["sha256"]
+    path.unlink()
+    (kept,) = evaluate(path, *words)
+    assert kept == other

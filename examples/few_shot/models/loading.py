@@ -47,6 +47,22 @@ def load_model(name: str, options: EvaluationOptions, world: World) -> Model:
     return _ours(path, config, options, world)
 
 
+def digest_of_files(name: str, options: EvaluationOptions) -> str | None:
+    """The digest of a checkpoint's files as they are now, which results name as `model::sha256`.
+
+    None where there is nothing to compare: no files, or none of our own.
+    """
+    try:
+        _, path = found(name, options)
+    except (CheckpointError, ConfigError):
+        return None
+    if options.predictor_name == "dummy" or is_hugging_face(path):
+        return None
+    from examples.few_shot.models.fingerprint import checkpoint_files, identity_of
+
+    return str(identity_of(checkpoint_files(path))["sha256"])
+
+
 def is_hugging_face(path: str) -> bool:
     """Whether a path is a model of this kind."""
     if path.startswith(model_configs.CACHED) or path.endswith(".gguf"):
