@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 
 from fairseq_lite.parallel.api import Machine
+from tests.helpers.warm import cold_ranks
 from tests.smoke.drive import drive
 from tests.smoke.matrix import (
     FEATURES,
     PRECISIONS,
     UPDATE_FREQS,
     WORLD_SIZES,
+    Row,
     backends,
     left_out,
     rows,
@@ -23,7 +27,9 @@ TABLE = [(row, left_out(row, CPU) or spared(row)) for row in rows("cpu")]
 
 @pytest.mark.parametrize("row", [row for row, reason in TABLE if reason is None], ids=str)
 def test_row(row, toy_data, tmp_path, capfd):
-    drive(row, toy_data, tmp_path / "checkpoints", capfd)
+    as_users_do = row == Row(row.backend, 2)  # one of each backend, from nothing
+    with cold_ranks() if as_users_do else nullcontext():
+        drive(row, toy_data, tmp_path / "checkpoints", capfd)
 
 
 def test_what_cannot_run_says_why():
