@@ -112,7 +112,7 @@ def _second_pass(
     for selector in command.selectors:
         parser.add_argument(selector.flag, *selector.aliases, dest=selector.section)
     args, _ = parser.parse_known_args(argv)
-    wants_help = bool({"-h", "--help"} & set(argv))
+    wants_help = bool({"-h", "--help", "--version"} & set(argv))
     chosen = []
     for selector in command.selectors:
         name = getattr(args, selector.section)

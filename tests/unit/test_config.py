@@ -171,6 +171,14 @@ def test_missing_selector_and_data_are_named():
         run(base=["--arch", "net", "--optimizer", "adam"])
 
 
+@pytest.mark.parametrize("word", ["--help", "--version"])
+def test_what_asks_about_the_command_needs_nothing_else(word, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse("flite-train", [word], load_builtins())
+    assert ended.value.code == 0
+    assert "fairseq-lite" in capsys.readouterr().out or word == "--help"
+
+
 def test_no_effect_flags_warn(caplog):
     run("--empty-cache-freq", "3")
     assert "--empty-cache-freq has no effect" in caplog.text
