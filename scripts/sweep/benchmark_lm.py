@@ -89,7 +89,8 @@ def get_grid(args: argparse.Namespace) -> list[hyperparam]:
     if args.data is None:
         args.data = str(_random_data(args))
     count = parts.num_experts(args)
-    heads = args.nh or max(1, args.embed_dim // _HEAD_WIDTH)
+    usual = max(1, args.embed_dim // _HEAD_WIDTH)
+    heads = args.nh or usual
     return [
         *parts.precision(args.precision),
         hyperparam("--task", "language_modeling"),
@@ -99,7 +100,7 @@ def get_grid(args: argparse.Namespace) -> list[hyperparam]:
         hyperparam("--decoder-layers", args.dl, save_dir_key=key("dl")),
         hyperparam("--decoder-embed-dim", args.embed_dim, save_dir_key=key("d")),
         hyperparam("--decoder-ffn-embed-dim", 4 * args.embed_dim),
-        hyperparam("--decoder-attention-heads", heads),
+        hyperparam("--decoder-attention-heads", heads, save_dir_key=parts.unless(usual, "nh")),
         hyperparam("--decoder-learned-pos"),
         hyperparam("--share-decoder-input-output-embed"),
         hyperparam("--activation-fn", args.act, save_dir_key=str),
@@ -118,7 +119,7 @@ def get_grid(args: argparse.Namespace) -> list[hyperparam]:
         *_optimizer(args),
         hyperparam("--clip-norm", 0.1 if count else 1.0),
         hyperparam("--lr", args.lr, save_dir_key=key("lr")),
-        *parts.schedule(args.sched, max_update=args.mu, warmup=[args.wu]),
+        *parts.schedule(args.sched, usual="polynomial_decay", max_update=args.mu, warmup=[args.wu]),
         hyperparam("--batch-size", args.bs, save_dir_key=key("bs")),
         hyperparam("--update-freq", _update_freq(args), save_dir_key=lambda _: f"ebs{args.ebs}"),
         hyperparam("--max-update", args.mu, save_dir_key=key("mu")),

@@ -10,13 +10,18 @@ from sweep import hyperparam
 from fairseq_lite.errors import ConfigError
 
 PRECISIONS = ("fp32", "bf16", "fp16", "me_fp16")
-Key = Callable[[object], str]
+Key = Callable[[object], str | None]
 SCHEDULES = ("polynomial_decay", "inverse_sqrt", "cosine", "fixed")
 
 
 def key(name: str) -> Key:
     """The usual part of a run's name: "lr" -> lr0.001."""
     return lambda value: f"{name}{value}"
+
+
+def unless(usual: object, name: str = "") -> Key:
+    """A part of the name for a value that is not the usual one."""
+    return lambda value: None if value == usual else f"{name}{value}"
 
 
 def add_precision(parser: argparse.ArgumentParser, default: str = "fp16") -> None:
@@ -39,10 +44,17 @@ def precision(name: str) -> list[hyperparam]:
     return flags
 
 
-def schedule(name: str, *, max_update: int, warmup: list[int]) -> list[hyperparam]:
-    """A schedule of learning rates that reaches its end with the run."""
+def schedule(name: str, *, usual: str, max_update: int, warmup: list[int]) -> list[hyperparam]:
+    """A schedule of learning rates that reaches its end with the run.
+
+    Args:
+        name: which.
+        usual: the one that does not enter the run's name.
+        max_update: updates of the run.
+        warmup: updates of the warm-up, to sweep over.
+    """
     flags = [
-        hyperparam("--lr-scheduler", name),
+        hyperparam("--lr-scheduler", name, save_dir_key=unless(usual)),
         hyperparam("--warmup-updates", warmup, save_dir_key=key("wu")),
     ]
     if name == "polynomial_decay":

@@ -9,6 +9,7 @@ Flags with several values are swept: a run for each combination. docs/sweeps.md 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import parts
 import sweep
@@ -18,7 +19,7 @@ from sweep import hyperparam
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the model and its training").add_argument
-    many = {"nargs": "+", "metavar": "X"}
+    many: dict[str, Any] = {"nargs": "+", "metavar": "X"}
     add("--arch", nargs="+", default=["transformer_lm_gpt"], metavar="NAME", help="architectures")
     add("--epg", type=int, default=0, metavar="N", help="experts a GPU (default: 0, dense)")
     add("--tps", type=int, default=512, metavar="N", help="tokens of a block (default: 512)")
@@ -56,7 +57,7 @@ def get_grid(args: argparse.Namespace) -> list[hyperparam]:
         *adam,
         hyperparam("--clip-norm", args.clip_norm, save_dir_key=key("cl")),
         hyperparam("--lr", args.lr, save_dir_key=key("lr")),
-        *parts.schedule(args.sched, max_update=args.mu, warmup=args.wu),
+        *parts.schedule(args.sched, usual="inverse_sqrt", max_update=args.mu, warmup=args.wu),
         hyperparam("--dropout", args.dropout, save_dir_key=key("dr")),
         hyperparam("--weight-decay", args.wd, save_dir_key=key("wd")),
         hyperparam("--batch-size", args.bs, save_dir_key=key("ms")),

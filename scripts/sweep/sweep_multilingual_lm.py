@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import parts
 import sweep
@@ -26,6 +26,7 @@ from fairseq_lite.errors import ConfigError
 from fairseq_lite.tasks.multilingual_language_modeling import find_languages
 
 N = TypeVar("N", int, float)
+_SCHEDULE = "polynomial_decay"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ SIZES = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the model and its training").add_argument
-    many = {"nargs": "+", "metavar": "X"}
+    many: dict[str, Any] = {"nargs": "+", "metavar": "X"}
     add("--model-size", choices=SIZES, default="tiny", help="(default: tiny)")
     add("--arch", metavar="NAME", help="the architecture, in place of the size's")
     add("--langs", default="", help="languages with commas (default: all of the data folder)")
@@ -131,7 +132,7 @@ def get_grid(args: argparse.Namespace) -> list[hyperparam]:
         hyperparam("--adam-eps", 1e-8, save_dir_key=key("eps")),
         hyperparam("--clip-norm", args.clip_norm, save_dir_key=key("cl")),
         hyperparam("--lr", _rates(args, size), save_dir_key=key("lr")),
-        *parts.schedule("polynomial_decay", max_update=args.mu, warmup=args.wu),
+        *parts.schedule(_SCHEDULE, usual=_SCHEDULE, max_update=args.mu, warmup=args.wu),
         hyperparam("--dropout", args.dropout, save_dir_key=key("dr")),
         hyperparam("--attention-dropout", 0.0, save_dir_key=key("atdr")),
         hyperparam("--weight-decay", args.wd, save_dir_key=key("wd")),

@@ -10,6 +10,7 @@ Flags with several values are swept: a run for each combination. docs/sweeps.md 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import parts
 import sweep
@@ -24,7 +25,7 @@ _SHARED = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the model and its training").add_argument
-    many = {"nargs": "+", "metavar": "X"}
+    many: dict[str, Any] = {"nargs": "+", "metavar": "X"}
     add("--task", default="translation", metavar="NAME", help="(default: translation)")
     add("--source-lang", metavar="LANG", help="source language (default: the data folder's)")
     add("--target-lang", metavar="LANG", help="target language (default: the data folder's)")

@@ -17,9 +17,9 @@ from tests.helpers.sweeps import attempt, grid, state
 Attempt, Child, claimed = attempt.Attempt, attempt.Child, attempt.claimed
 Record, Run, State = state.Record, grid.Run, state.State
 
-# Runs that never end by themselves: one that saves when it is told to, as flite-train does, and one
-# that does not hear. The quotes keep the word out of the head of the log, which has the command.
-_FOREVER = "echo be''gun; while :; do sleep 0.02; done"
+# Runs that do not end by themselves: one that saves when told to, as flite-train does, and one that
+# does not hear. The quotes keep the word out of the head of the log, which has the command.
+_FOREVER = "echo be''gun; for i in $(seq 3000); do sleep 0.02; done"
 PATIENT = f"trap 'echo the process was asked to end; exit 0' TERM USR1; {_FOREVER}"
 STUBBORN = f"sleep 90 & trap '' TERM; {_FOREVER}"
 
@@ -58,20 +58,24 @@ def wait_for_the_end_of(*groups: int) -> bool:
 
 @pytest.fixture
 def interrupt():
-    """Call a function in this thread, in the middle of what it does, once a log has a word."""
+    """Send this process a signal, as somebody else would, once a log has a word."""
+    kept = {}
 
-    def after(path: Path, word: str, function) -> None:
-        def look(number: int, frame: object) -> None:
+    def after(path: Path, word: str, number: int, handler=None) -> None:
+        def look(timer: int, frame: object) -> None:
             if path.exists() and word in path.read_text():
                 signal.setitimer(signal.ITIMER_REAL, 0)
-                function()
+                signal.raise_signal(number)
 
-        signal.signal(signal.SIGALRM, look)
+        if handler is not None:
+            kept[number] = signal.signal(number, lambda number, frame: handler())
+        kept[signal.SIGALRM] = signal.signal(signal.SIGALRM, look)
         signal.setitimer(signal.ITIMER_REAL, 0.03, 0.03)
 
     yield after
     signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for number, handler in kept.items():
+        signal.signal(number, handler)
 
 
 def test_a_run_that_ends_well(tmp_path):
@@ -150,10 +154,7 @@ def test_modules_are_looked_for_in_the_copied_code_first(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_ends_the_run_which_saves(tmp_path, interrupt, capsys):
-    def ctrl_c() -> None:
-        raise KeyboardInterrupt
-
-    interrupt(tmp_path / state.LOG, "begun", ctrl_c)
+    interrupt(tmp_path / state.LOG, "begun", signal.SIGINT)
     run = run_of(tmp_path, PATIENT)
     with pytest.raises(KeyboardInterrupt):
         Attempt(run, claimed(run, None, State.RUNNING)).execute()
@@ -190,7 +191,7 @@ def test_a_run_that_does_not_end_is_killed_with_its_processes(tmp_path, interrup
     def sigterm() -> None:
         raise SystemExit(143)
 
-    interrupt(tmp_path / state.LOG, "begun", sigterm)
+    interrupt(tmp_path / state.LOG, "begun", signal.SIGTERM, sigterm)
     run = run_of(tmp_path, STUBBORN)
     with pytest.raises(SystemExit):
         Attempt(run, claimed(run, None, State.RUNNING)).execute()
@@ -208,7 +209,7 @@ def test_a_handler_may_wait_for_the_process_that_is_being_waited_for(tmp_path, i
 
     run = run_of(tmp_path, PATIENT)
     going = Attempt(run, claimed(run, None, State.RUNNING, "17"))
-    interrupt(tmp_path / state.LOG, "begun", make_room)
+    interrupt(tmp_path / state.LOG, "begun", signal.SIGUSR2, make_room)
     with pytest.raises(SystemExit):
         going.execute()
     record = state.load(tmp_path)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
+import runpy
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,13 @@ def test_the_name_of_a_benchmark_says_what_was_measured():
     assert run.save_dir == Path("ED", run.name)
 
 
-# What is typed -> where it arrives; a flag with a part in the name changes the name.
+def test_what_is_unusual_enters_the_name():
+    module, words = sweeps.script("benchmark_lm"), (*TRAIN_125M, "--sched", "cosine", "--nh", "2")
+    (run,) = sweeps.runs_of(module, *words)
+    assert ".d256.nh2.gelu." in run.name and ".lr0.0003.cosine.wu500." in run.name
+
+
+# What is typed -> where it arrives.
 @pytest.mark.parametrize(
     ("words", "section", "values"),
     [
@@ -322,21 +327,16 @@ def test_a_script_can_be_executed(name):
     assert path.read_text().startswith("#!/usr/bin/env python3\n")
 
 
-def _executed(words: Sequence[object], **variables: str) -> subprocess.CompletedProcess[str]:
-    typed, env = [str(word) for word in words], {**os.environ, **variables}
-    return subprocess.run(typed, capture_output=True, text=True, timeout=60, env=env)
-
-
-def test_an_error_is_one_line_and_status_2(tmp_path):
-    words = [sys.executable, sweeps.FOLDER / "sweep_lm.py", "-p", "x", "-g", "8", "-t", "0"]
-    done = _executed(words)
+def test_an_error_is_one_line_and_status_2():
+    words = [sys.executable, str(sweeps.FOLDER / "sweep_lm.py"), "-p", "x", "-g", "8", "-t", "0"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         "sweep_lm.py: error: -t 0: expected a number of runs, or -1 for all"
     ]
 
 
-def test_a_script_in_fairseqs_style(tmp_path):
+def test_a_script_in_fairseqs_style(tmp_path, monkeypatch, capsys):
     own = tmp_path / "sweep_own.py"
     own.write_text(
         "import sweep\n"
@@ -357,20 +357,8 @@ def test_a_script_in_fairseqs_style(tmp_path):
         '    config["--lr"].current_value = 1e-4\n\n\n'
         "sweep.main(get_grid, postprocess_hyperparams, add_extra_options_func)\n"
     )
-    words = [
-        sys.executable,
-        own,
-        "-p",
-        "p",
-        "-t",
-        "-1",
-        "-g",
-        "1",
-        "-d",
-        "x",
-        "--dry-run",
-        "--local",
-    ]
-    done = _executed(words, PYTHONPATH=str(sweeps.FOLDER))
-    assert done.returncode == 0, done.stderr
-    assert "[1/1] p.fp16.transformer_lm_gpt.adam.b0.9_0.98.lr0.0001.ngpu1: starts" in done.stdout
+    words = ["-p", "p", "-t", "-1", "-g", "1", "-d", "x", "--dry-run", "--local"]
+    monkeypatch.setattr(sys, "argv", [str(own), *words])
+    runpy.run_path(str(own), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "[1/1] p.fp16.transformer_lm_gpt.adam.b0.9_0.98.lr0.0001.ngpu1: starts" in printed

@@ -109,10 +109,11 @@ def test_nothing_is_submitted_twice(tmp_path, cluster, capsys):
     assert [row[1] for row in rows] == ["submitted"] * 4
 
 
-def test_a_job_that_slurm_lost_is_submitted_again(tmp_path, cluster):
+def test_a_job_that_slurm_lost_is_submitted_again(tmp_path, cluster, capsys):
     sweep(tmp_path)
     (cluster / "jobs").write_text("102\n")
     sweep(tmp_path)
+    assert "submitted as job 103, starts where it was interrupted" in capsys.readouterr().out
     assert len(submitted(cluster)) == 3
     jobs = [state.load(folder).job for folder in (tmp_path / "out").glob("s.lr*")]
     assert sorted(jobs) == ["102", "103"]
@@ -243,8 +244,8 @@ def test_of_several_machines_one_keeps_the_record(tmp_path, in_job, monkeypatch)
 def test_a_job_that_must_make_room_saves_and_comes_back(tmp_path, in_job):
     """What submitit does at a signal: `checkpoint`, requeue, exit, all inside the handler."""
     script = (
-        "trap 'echo saved; exit 0' USR1; echo be''gun; kill -ALRM $PPID; "
-        "while :; do sleep 0.02; done"
+        "trap 'echo saved; exit 0' USR1; echo be''gun; kill -USR2 $PPID; "
+        "for i in $(seq 3000); do sleep 0.02; done"
     )
     work = job(tmp_path, script, claim(State.SUBMITTED, job="17"))
     again = []
@@ -253,12 +254,12 @@ def test_a_job_that_must_make_room_saves_and_comes_back(tmp_path, in_job):
         again.append(work.checkpoint())
         sys.exit(-1)
 
-    before = signal.signal(signal.SIGALRM, make_room)
+    before = signal.signal(signal.SIGUSR2, make_room)
     try:
         with pytest.raises(SystemExit):
             work()
     finally:
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGUSR2, before)
     record = state.load(tmp_path)
     assert record is not None and (record.state, record.job) == (State.SUBMITTED, "17")
     assert (tmp_path / state.LOG).read_text().endswith("begun\nsaved\n")

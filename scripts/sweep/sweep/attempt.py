@@ -152,14 +152,14 @@ def _signals_later() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in _HANDLED}
     held = {n: h for n, h in handlers.items() if h not in (None, signal.SIG_IGN, signal.SIG_DFL)}
     for number in held:
-        signal.signal(number, lambda number, frame: came.append(number))
+        signal.signal(number, lambda one, frame: came.append(one))
     try:
         yield
     finally:
         for number, handler in held.items():
             signal.signal(number, handler)
-        for number in came:
-            signal.raise_signal(number)
+        for one in came:
+            signal.raise_signal(one)
 
 
 class Attempt:

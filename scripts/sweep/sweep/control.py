@@ -117,8 +117,9 @@ def conduct(
 def _grid(get_grid: Grid | Mapping[str, Grid], name: str | None) -> Grid:
     """The grid of a script, by name where it has several."""
     if isinstance(get_grid, Mapping):
-        if name not in get_grid:
-            raise ConfigError(f"--grid {name}: expected one of {', '.join(get_grid)}")
+        if name is None or name not in get_grid:
+            given = "is missing" if name is None else name
+            raise ConfigError(f"--grid {given}: expected one of {', '.join(get_grid)}")
         return get_grid[name]
     if name is not None:
         raise ConfigError(f"--grid {name}: this script has one grid; leave the flag out")
@@ -194,7 +195,8 @@ def _each(
                 snapshot(snapshot_folder(run.save_dir))
             if args.local:
                 print(f"{head}: {words}; log: {run.save_dir / state.LOG}", flush=True)
-            print(f"{head}: {start(args, run, record)}", flush=True)
+            told = start(args, run, record)
+            print(f"{head}: {told}" if args.local else f"{head}: {told}, {words}", flush=True)
         except Exception:
             state.take_back(run.save_dir, record, before)
             raise
