@@ -20,6 +20,13 @@ State = state.State
 UPDATES = 300
 
 
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    # Not in the repository, where Python would find the package without being installed.
+    monkeypatch.chdir(tmp_path)
+    assert os.getcwd() == str(tmp_path)
+
+
 def run(name: str, *words: object) -> int:
     """Execute one of the scripts in this process; its status."""
     module = sweeps.script(name)
@@ -132,8 +139,57 @@ def test_the_multilingual_sweep_of_the_guide_runs(tmp_path, monkeypatch):
     assert Path("steps").read_text() == f"{tmp_path / 'out' / name}\n"
 
 
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    # Not in the repository, where Python would find the package without being installed.
-    monkeypatch.chdir(tmp_path)
-    assert os.getcwd() == str(tmp_path)
+# Slurm, as far as a job needs it: sbatch keeps the script, srun executes what follows its options,
+# and scontrol notes what it is told.
+SLURM = {
+    "sbatch": 'cp "$1" "$(dirname "$0")/job.17"; echo "Submitted batch job 17"\n',
+    "srun": 'while [ "${1#--}" != "$1" ]; do\n'
+    "    case $1 in --output|--error) shift ;; esac\n"
+    "    shift\n"
+    "done\n"
+    'echo $$ >"$(dirname "$0")/pid"; exec "$@"\n',
+    "scontrol": 'echo "$@" >>"$(dirname "$0")/calls"\n',
+    "squeue": "echo RUNNING\n",
+}
+
+
+def test_a_job_makes_room_comes_back_and_finishes(tmp_path, monkeypatch):
+    """From sbatch's script to the end, with what submitit carries there and back."""
+    pytest.importorskip("submitit")
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, script in SLURM.items():
+        (commands / name).write_text(f"#!/bin/sh\n{script}")
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
+    trainer = tmp_path / "trainer.sh"
+    trainer.write_text(
+        "trap 'echo the process was asked to end; exit 0' USR1; echo be''gun\n"
+        "for i in $(seq 3000); do sleep 0.02; done\n"
+    )
+    words = ["-p", "s", "-t", "1", "-g", "1", "--checkpoints-dir", tmp_path / "out"]
+    words += ["--python", "sh", "--script", trainer, "-d", "data"]
+    assert run("sweep_lm", *words) == 0
+    ((name, row),) = table(tmp_path / "out").items()
+    assert row["state"] == "submitted"
+    folder = tmp_path / "out" / name
+    script = commands / "job.17"
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+
+    with subprocess.Popen(["bash", script], stderr=subprocess.PIPE) as job:
+        log = folder / state.LOG
+        while not (log.exists() and "begun" in log.read_text()):
+            assert job.poll() is None
+            time.sleep(0.02)
+        os.kill(int((commands / "pid").read_text()), signal.SIGUSR2)  # Slurm's warning
+        job.wait(60)
+    assert (commands / "calls").read_text() == "requeue 17\n"
+    assert log.read_text().splitlines()[-1] == "the process was asked to end"
+    record = state.load(folder)
+    assert record is not None and (record.state, record.job) == (State.SUBMITTED, "17")
+
+    trainer.write_text("echo done training\n")
+    assert subprocess.run(["bash", script], stderr=subprocess.PIPE, timeout=60).returncode == 0
+    assert state.state_of(folder)[0] is State.FINISHED
+    assert run("sweep_lm", *words) == 0, "nothing is left to submit"
+    assert state.load(folder).attempt == 1  # type: ignore[union-attr]
