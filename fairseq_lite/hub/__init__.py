@@ -12,7 +12,9 @@
     answers = tuple(model.encode(word) for word in (" yes", " no"))
     model.score_branches([hub.Branches(model.encode("Is snow white?"), answers)])
 
-A checkpoint carries its dictionaries and its segmentation model, so one file is enough.
+A checkpoint carries its dictionaries and its segmentation model, so one file is enough. For one of
+fairseq's they lie beside it: dict.txt, and encoder.json with vocab.bpe (GPT-2's), or
+sentencepiece.bpe.model, or merges.txt with vocab.json.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from fairseq_lite.builtins import load_builtins
 from fairseq_lite.config.core import CommonConfig
 from fairseq_lite.errors import CheckpointError, ConfigError
 from fairseq_lite.generation.branches import Branches, BranchScores, Ranked
+from fairseq_lite.hub.beside import with_segmentation_beside
 from fairseq_lite.hub.language_model import LanguageModel, ScoredText
 from fairseq_lite.hub.translator import Translator
 from fairseq_lite.parallel.world import World
@@ -80,9 +83,10 @@ def load(
         raise ConfigError(f"device {device!r}: the world computes on {world.device}; leave it out")
     names = path.split(":") if isinstance(path, str) else path
     files = [names] if isinstance(names, Path) else [Path(name) for name in names]
-    ensemble = load_models(
-        [str(_file(each)) for each in files], load_builtins(), overrides=overrides, world=world
-    )
+    registries = load_builtins()
+    paths = [_file(each) for each in files]
+    ensemble = load_models(list(map(str, paths)), registries, overrides=overrides, world=world)
+    ensemble = with_segmentation_beside(ensemble, paths[0].parent, registries)
     common = CommonConfig(cpu=device == "cpu", bf16=bf16, fp16=fp16)
     if isinstance(ensemble.task, LanguageModelingTask):
         return LanguageModel(ensemble, common, world)

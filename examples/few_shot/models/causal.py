@@ -99,8 +99,9 @@ class CausalReader:
         """Whether the model remembers keys and values, which can be copied from row to row."""
         from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-        ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-        cache = getattr(self.model(input_ids=ids, use_cache=True), "past_key_values", None)
+        ids = torch.ones(1, 2, dtype=torch.long, device=self.device)
+        out = self.model(input_ids=ids, attention_mask=ids, use_cache=True)
+        cache = getattr(out, "past_key_values", None)
         known = (DynamicLayer, DynamicSlidingWindowLayer)
         return type(cache) is DynamicCache and all(type(layer) in known for layer in cache.layers)
 
@@ -239,12 +240,15 @@ class CausalReader:
 
     def _forward(self, ids: Tensor, cache: Any, *, keep: int = 0) -> tuple[Tensor, Any]:
         """Logits of the last `keep` places at least (0: of all), and what is remembered."""
+        known = 0 if cache is None else cache.get_seq_length()
+        # Nothing is padding, not even a start symbol that the tokenizer pads with, too.
+        mask = ids.new_ones(ids.size(0), known + ids.size(1))
         more: dict[str, Any] = {"use_cache": self.caches}
         if self.caches:
             more["past_key_values"] = cache
         if self._chooses:
             more["logits_to_keep"] = keep
-        out = self.model(input_ids=ids, **more)
+        out = self.model(input_ids=ids, attention_mask=mask, **more)
         return out.logits.float(), out.past_key_values if self.caches else None
 
     @property
