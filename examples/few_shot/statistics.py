@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ def over_trials(scores: Sequence[float]) -> dict[str, Any]:
     }
 
 
+@functools.lru_cache(maxsize=256)
 def t_quantile(p: float, freedom: int) -> float:
     """The value that Student's t with so many degrees of freedom is below with probability p.
 
@@ -40,18 +42,19 @@ def t_quantile(p: float, freedom: int) -> float:
         p: from 0.5 up to, not including, 1.
         freedom: 1 or more.
     """
+    nodes = np.polynomial.legendre.leggauss(64)
     low, high = 0.0, 1.0
-    while _t_probability(high, freedom) < p:
+    while _t_probability(high, freedom, nodes) < p:
         low, high = high, 2 * high
     for _ in range(80):
         middle = (low + high) / 2
-        low, high = (middle, high) if _t_probability(middle, freedom) < p else (low, middle)
+        low, high = (middle, high) if _t_probability(middle, freedom, nodes) < p else (low, middle)
     return (low + high) / 2
 
 
-def _t_probability(x: float, freedom: int) -> float:
+def _t_probability(x: float, freedom: int, quadrature: tuple[Any, Any]) -> float:
     """P(T < x) for x >= 0: with x = sqrt(n) tan(u), the density is a power of a cosine."""
-    nodes, weights = np.polynomial.legendre.leggauss(64)
+    nodes, weights = quadrature
     angle = math.atan(x / math.sqrt(freedom))
     values = np.cos(angle / 2 * (nodes + 1)) ** (freedom - 1)
     constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
