@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from examples.few_shot import results, scoring
+from examples.few_shot.metrics.api import percentage
 from examples.few_shot.predictors.prompting import token_scores
 from examples.few_shot.settings import safe
 from examples.few_shot.statistics import over_trials
@@ -172,17 +173,32 @@ def _text(value: Any) -> str:
 
 # -- accuracies made again
 
-SCORINGS: Mapping[str, Callable[[scoring.TokenScores], float]] = {
+def _mean_full(known: scoring.TokenScores) -> float | None:
+    return None if known.skipped else known.total / known.tokens
+
+
+def _suffix(known: scoring.TokenScores) -> float | None:
+    return scoring.score(known, "suffix") if known.suffix else None
+
+
+def _unconditional_norm(known: scoring.TokenScores) -> float | None:
+    return None if known.unconditional is None else scoring.score(known, "unconditional-norm")
+
+
+def _sum_charnorm(known: scoring.TokenScores) -> float:
+    """Of a candidate's words, by their characters; what all begin with is in the context."""
+    return math.fsum(known.tail[max(known.start, 0) :]) / max(known.characters, 1)
+
+
+# None where predictions do not hold what it takes.
+SCORINGS: Mapping[str, Callable[[scoring.TokenScores], float | None]] = {
     "sum": lambda known: known.total,
     "mean": lambda known: scoring.score(known, "mean"),
-    "mean_full": lambda known: known.total / known.tokens,
-    "sum_charnorm": lambda known: _own(known) / max(known.characters, 1),
+    "mean_full": _mean_full,
+    "suffix": _suffix,
+    "unconditional-norm": _unconditional_norm,
+    "sum_charnorm": _sum_charnorm,
 }
-
-
-def _own(known: scoring.TokenScores) -> float:
-    """The sum over a candidate's words; those that all begin with are in the context."""
-    return math.fsum(known.tail[max(known.start, 0) :])
 
 
 def recalculated(row: Row, folder: Path | None = None) -> Row:
@@ -190,6 +206,8 @@ def recalculated(row: Row, folder: Path | None = None) -> Row:
 
     Names are `accuracy_<scoring>`, `accuracy_<scoring>_calib`, and with `_ensemble` (the mean of
     the trials' probabilities, a softmax of scores) or `_majority` (the most votes) behind them.
+    They are of questions with a known answer. `suffix` is there for masks in mid-sentence, and
+    `unconditional-norm` where that was the evaluation's scoring.
 
     Args:
         row: of `load`.
@@ -223,7 +241,7 @@ Scores = list[list[float]]
 
 
 def _scores(
-    trial: Sequence[Row], function: Callable[[scoring.TokenScores], float], calibrated: bool
+    trial: Sequence[Row], function: Callable[[scoring.TokenScores], float | None], calibrated: bool
 ) -> Scores | None:
     """Of each question the score of each candidate; None where predictions do not say."""
     found: Scores = []
@@ -233,14 +251,13 @@ def _scores(
             meta = said["meta"]
             if "tail_scores" not in meta or (calibrated and "calib_metas" not in meta):
                 return None
-            known = token_scores(meta)
-            if known.skipped and not calibrated and function is SCORINGS["mean_full"]:
+            copies = meta["calib_metas"] if calibrated else ()
+            values = [function(token_scores(each)) for each in (meta, *copies)]
+            numbers = [each for each in values if each is not None]
+            if len(numbers) < len(values):
                 return None
-            value = function(known)
-            if calibrated:
-                copies = [function(token_scores(each)) for each in meta["calib_metas"]]
-                value -= math.fsum(copies) / len(copies)
-            its.append(value)
+            value, *reduced = numbers
+            its.append(value - math.fsum(reduced) / max(len(reduced), 1))
         found.append(its)
     return found
 
@@ -249,8 +266,9 @@ def _accuracy(trial: Sequence[Row], scores: Scores) -> float:
     hits = [
         line["candidates"][int(np.argmax(its))][1]["gold"]
         for line, its in zip(trial, scores, strict=True)
+        if any(said["gold"] for _, said in line["candidates"])
     ]
-    return 100.0 * sum(hits) / len(hits)
+    return percentage(hits)
 
 
 def _mean(trials: Sequence[Scores]) -> Scores:

@@ -111,17 +111,62 @@ def test_recalculated_accuracies_are_those_that_were_reported(evaluated: Path) -
         assert ("accuracy_mean_ensemble" in again) == (row["nb_few_shot_samples"] == 2)
 
 
-def test_recalculated_sums_are_those_of_an_evaluation_by_sum(evaluated: Path) -> None:
+@pytest.mark.parametrize("scoring", ["sum", "unconditional-norm"])
+def test_recalculated_scores_are_those_of_an_evaluation_by_them(
+    scoring: str, evaluated: Path
+) -> None:
     (row,) = (
         r for r in collecting.load(collecting.results_files([str(evaluated / "small")]))
         if r["nb_few_shot_samples"] == 0
     )  # fmt: skip
     (one,) = plan(
-        "small", tasks="copa", nb_few_shot_samples_values=0, scoring="sum",
-        data_dir=str(evaluated.parent / "data"), results_dir=str(evaluated.parent / "sum"),
+        "small", tasks="copa", nb_few_shot_samples_values=0, scoring=scoring,
+        data_dir=str(evaluated.parent / "data"), results_dir=str(evaluated.parent / scoring),
     )  # fmt: skip
     found = Evaluation(one, DummyModel()).run()
-    assert collecting.recalculated(row)["accuracy_sum"]["scores"] == found["accuracy"]["scores"]
+    if scoring == "unconditional-norm":  # it needs what others do not ask the model for
+        assert f"accuracy_{scoring}" not in collecting.recalculated(row)
+        row = {**found, "path": str(one.results_file)}
+    again = collecting.recalculated(row)[f"accuracy_{scoring}"]
+    assert again["scores"] == found["accuracy"]["scores"]
+
+
+def test_suffixes_are_scored_again_where_there_are_some() -> None:
+    ends = {"context_score": -9.0, "context_tokens": 3, "start": 0, "characters": 4}
+    candidates = [
+        [name, {"gold": name == "a", "meta": {**ends, "tail_scores": tail, "suffix": suffix}}]
+        for name, tail, suffix in (("a", [-5.0, -1.0], 1), ("b", [-1.0, -2.0], 1))
+    ]
+    trial = [{"candidates": candidates}]
+    suffix, total = (collecting.SCORINGS[name] for name in ("suffix", "sum"))
+    assert collecting._scores(trial, suffix, False) == [[-1.0, -2.0]]
+    assert collecting._scores(trial, total, False) == [[-15.0, -12.0]]
+    candidates[0][1]["meta"]["suffix"] = 0
+    assert collecting._scores(trial, suffix, False) is None
+
+
+def test_scores_of_unread_prompts_are_no_mean_over_them(evaluated: Path) -> None:
+    (one,) = plan(
+        "small", tasks="copa", nb_few_shot_samples_values=0, skip_context_scores=True,
+        data_dir=str(evaluated.parent / "data"), results_dir=str(evaluated.parent / "skipped"),
+        calibrator_name="average_option", copa_calibration_options=["premise::"],
+        add_calib_to_meta=True,
+    )  # fmt: skip
+    found = Evaluation(one, DummyModel()).run()
+    again = collecting.recalculated({**found, "path": str(one.results_file)})
+    assert "accuracy_sum_calib" in again
+    assert not [name for name in again if name.startswith("accuracy_mean_full")]
+    assert not [name for name in found if "full" in name]
+
+
+def test_questions_without_a_known_answer_are_not_counted_again(evaluated: Path) -> None:
+    (row,) = collecting.load(sorted((evaluated / "small").glob("*fs0*_results.json")))
+    trial = collecting.results.read_rows(evaluated / "small" / row["predictions"][0])
+    for line in trial[3:]:
+        for _, said in line["candidates"]:
+            said["gold"] = False
+    scores = [[float(said["gold"]) for _, said in line["candidates"]] for line in trial]
+    assert collecting._accuracy(trial, scores) == 100.0
 
 
 def test_an_ensemble_is_the_mean_of_probabilities_or_the_most_votes() -> None:

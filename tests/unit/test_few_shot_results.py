@@ -285,6 +285,13 @@ def test_questions_without_a_known_answer_are_not_counted(data: Path) -> None:
     for row in some[2:]:
         del row["label"]
     (data / "COPA" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
-    found = evaluate(planned(data, copa_eval_set="test", nb_few_shot_samples_values=[0]))
-    assert found["accuracy"]["mean"] in (0.0, 50.0, 100.0)
+    one = planned(data, copa_eval_set="test", nb_few_shot_samples_values=[0])
+    evaluate(one)
+    lines = results.read_rows(one.prediction_files[0])
+    for line in lines[:2]:  # what the dummy holds best is right, of the two that can be
+        for _, said in line["candidates"]:
+            said["score"] = float(said["gold"])
+    results.write_predictions(one.prediction_files[0], lines)
+    found = evaluate(one)
+    assert found["accuracy"]["mean"] == 100.0
     assert found["questions_cnt"] == 4

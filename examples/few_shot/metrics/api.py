@@ -61,6 +61,11 @@ def percentage(hits: Sequence[bool]) -> float:
     return 100.0 * sum(hits) / len(hits) if hits else math.nan
 
 
+def accuracy(predictions: Sequence[Prediction]) -> float:
+    """Percentage of questions whose best candidate is right, of those with a known answer."""
+    return percentage([p.best.candidate in p.sample.correct for p in predictions if p.sample.correct])
+
+
 def group(predictions: Sequence[Prediction], field: str) -> dict[str, list[Prediction]]:
     """Predictions by a field of their samples, in the order in which values appear."""
     found: dict[str, list[Prediction]] = {}

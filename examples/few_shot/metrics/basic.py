@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from examples.few_shot.metrics.api import METRICS, Metric, mean, percentage
+from examples.few_shot.metrics.api import METRICS, Metric, accuracy, mean, percentage
 from examples.few_shot.predictors.api import Prediction
 
 
@@ -15,7 +15,7 @@ class Accuracy(Metric):
     """Percentage of questions whose best candidate is a right one; of those with a known answer."""
 
     def score(self, predictions: Sequence[Prediction]) -> Mapping[str, float]:
-        return {"accuracy": percentage([p.best.candidate in p.sample.correct for p in predictions])}
+        return {"accuracy": accuracy(predictions)}
 
 
 @METRICS.register("gold_answer_ppl")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from examples.few_shot.metrics.api import METRICS, Metric, group, mean, percentage
+from examples.few_shot.metrics.api import METRICS, Metric, accuracy, group, mean, percentage
 from examples.few_shot.predictors.api import Prediction
 
 
@@ -92,6 +92,6 @@ class AccuracyByCategory(Metric):
 
     def score(self, predictions: Sequence[Prediction]) -> Mapping[str, float]:
         return {
-            f"accuracy_{name}": percentage([p.best.candidate in p.sample.correct for p in members])
+            f"accuracy_{name}": accuracy(members)
             for name, members in group(predictions, "category").items()
         }

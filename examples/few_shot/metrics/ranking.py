@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from examples.few_shot.metrics.api import METRICS, Metric, group, mean, percentage
+from examples.few_shot.metrics.api import METRICS, Metric, accuracy, group, mean, percentage
 from examples.few_shot.predictors.api import Prediction
 
 
@@ -45,7 +45,7 @@ class PrecisionByRelation(Metric):
 
     def score(self, predictions: Sequence[Prediction]) -> Mapping[str, float]:
         by_relation = {
-            name: percentage([p.best.candidate in p.sample.correct for p in members])
+            name: accuracy(members)
             for name, members in group(predictions, "relation").items()
         }
         return {"precision@1": mean(list(by_relation.values()))} | {

@@ -18,7 +18,7 @@ def normalised(text: str) -> str:
 
 @METRICS.register("exact-match")
 class ExactMatch(Metric):
-    """Percentage of questions whose written answer is one of the right ones.
+    """Percentage of questions whose written answer is a right one; of those with a known answer.
 
     Compared are the texts in small letters, without punctuation, articles and needless spaces, as
     Rajpurkar et al. 2016 do for SQuAD.
@@ -28,6 +28,7 @@ class ExactMatch(Metric):
         hits = [
             normalised(each.best.candidate) in set(map(normalised, each.sample.correct))
             for each in predictions
+            if each.sample.correct
         ]
         return {"exact-match": percentage(hits)}
 

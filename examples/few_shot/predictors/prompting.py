@@ -208,10 +208,11 @@ class CLMPrompting(Predictor):
     ) -> dict[str, Any]:
         meta: dict[str, Any] = {
             "ppl": scoring.perplexity(math.fsum(known.tail), len(known.tail)),
-            "ppl_full": scoring.perplexity(known.total, known.tokens),
             "greedy": scores.greedy[j],
             **_kept(known),
         }
+        if not known.skipped:
+            meta["ppl_full"] = scoring.perplexity(known.total, known.tokens)
         if self.options.add_prompt:
             meta["prompt"] = encoded.prompt.texts[j]
         if self.options.add_positional_scores:
@@ -247,7 +248,7 @@ class CLMPrompting(Predictor):
         return found
 
     def _rank(self, trial: Trial) -> list[Prediction]:
-        """Where the answer stands in the vocabulary; it must be one token."""
+        """Where the answer stands in the vocabulary; of several tokens the first."""
         contexts, wanted, prompts = [], [], []
         for number, sample in enumerate(trial.questions):
             prompt, sequences = prompting.fitted(
