@@ -173,6 +173,7 @@ def _text(value: Any) -> str:
 
 # -- accuracies made again
 
+
 def _mean_full(known: scoring.TokenScores) -> float | None:
     return None if known.skipped else known.total / known.tokens
 

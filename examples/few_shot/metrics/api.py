@@ -63,7 +63,8 @@ def percentage(hits: Sequence[bool]) -> float:
 
 def accuracy(predictions: Sequence[Prediction]) -> float:
     """Percentage of questions whose best candidate is right, of those with a known answer."""
-    return percentage([p.best.candidate in p.sample.correct for p in predictions if p.sample.correct])
+    known = [each for each in predictions if each.sample.correct]
+    return percentage([each.best.candidate in each.sample.correct for each in known])
 
 
 def group(predictions: Sequence[Prediction], field: str) -> dict[str, list[Prediction]]:

@@ -45,8 +45,7 @@ class PrecisionByRelation(Metric):
 
     def score(self, predictions: Sequence[Prediction]) -> Mapping[str, float]:
         by_relation = {
-            name: accuracy(members)
-            for name, members in group(predictions, "relation").items()
+            name: accuracy(members) for name, members in group(predictions, "relation").items()
         }
         return {"precision@1": mean(list(by_relation.values()))} | {
             f"precision@1_{name}": value for name, value in by_relation.items()
