@@ -239,19 +239,24 @@ def test_a_models_setting_wins_over_the_flags_of_slurm():
 
 
 @pytest.mark.parametrize(
-    ("wanted", "cpu", "size"),
+    ("wanted", "size"),
     [
-        (Needs(gpus_per_node=1), False, 1),
-        (Needs(gpus_per_node=8), False, 8),
-        (Needs(nodes=2, gpus_per_node=8), False, 16),
-        (Needs(nodes=2, gpus_per_node=8, ntasks_per_node=8), False, 16),
-        (Needs(gpus_per_node=0, ntasks_per_node=4), False, 4),
-        (Needs(gpus_per_node=0), False, 1),
-        (Needs(nodes=2, gpus_per_node=8), True, 2),
+        (Needs(gpus_per_node=1), 1),
+        (Needs(gpus_per_node=8), 8),
+        (Needs(nodes=2, gpus_per_node=8), 16),
+        (Needs(nodes=2, gpus_per_node=8, ntasks_per_node=8), 16),
+        (Needs(gpus_per_node=0, ntasks_per_node=4), 4),
+        (Needs(nodes=2, gpus_per_node=0), 2),
     ],
 )
-def test_processes_of_a_job(wanted: Needs, cpu: bool, size: int):
-    assert wanted.world_size(cpu=cpu) == size
+def test_processes_of_a_job(wanted: Needs, size: int):
+    assert wanted.world_size == size
+
+
+def test_without_gpus_none_are_asked_for():
+    args = get_argparser("x", {}, {}, {}, {}).parse_args(["--cpu"])
+    found = needs(ModelSettings("m", {}, {}, 2, 8), args)
+    assert (found.gpus_per_node, found.world_size) == (0, 2)
 
 
 def test_needs_in_submitits_words():

@@ -182,6 +182,12 @@ def arg_modify_default(parser: argparse.ArgumentParser, dest: str, value: Any) -
         action.required = False
 
 
+def typed_of(args: argparse.Namespace) -> frozenset[str]:
+    """Names of values that somebody typed; none where another parser made the namespace."""
+    found: frozenset[str] = getattr(args, "typed", frozenset())
+    return found
+
+
 def checked(args: argparse.Namespace) -> None:
     """Refuse what is missing or contradicts itself.
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -120,7 +120,7 @@ class Pool:
         self._logs = logs
         self._places = [_Place(number) for number in range(share.jobs)]
 
-    def run(self, orders: Iterator[Order]) -> Iterator[Ended]:
+    def run(self, orders: Iterator[Order]) -> Generator[Ended, None, None]:
         """Carry out orders; an order is taken from `orders` when a process is free for it.
 
         When the caller stops, or something ends this process, the processes are ended first.

@@ -31,8 +31,9 @@ from examples.few_shot.settings import (
     flag_owner,
     plan,
     safe,
+    template_entry,
 )
-from examples.few_shot.tasks.api import TASKS, task_names
+from examples.few_shot.tasks.api import TASKS, task_names, task_type
 from examples.few_shot.templates.api import TEMPLATES
 from fairseq_lite.errors import ConfigError
 
@@ -228,8 +229,8 @@ def _applicable(merged: Merged, tasks: Iterable[str], options: frozenset[str]) -
     general = {each.name for each in dataclasses.fields(EvaluationOptions)}
     entries = [TASKS.get(name) for name in names]
     for name in names:
-        chosen = merged.values.get(f"{name}_template") or TASKS.get(name).factory.template
-        entries += [TEMPLATES.get(each) for each in as_names(chosen, f"{name}_template")]
+        chosen = merged.values.get(f"{name}_template") or task_type(name).template
+        entries += [template_entry(name, each) for each in as_names(chosen, f"{name}_template")]
     own = {each.name for entry in entries for each in dataclasses.fields(entry.config)}
     others = options - own - general
     found = {}

@@ -16,7 +16,7 @@ from typing import Any
 
 from examples.few_shot import results
 from examples.few_shot.scheduling import slurm, submissions
-from examples.few_shot.scheduling.arguments import SLURM_FLAGS, checked
+from examples.few_shot.scheduling.arguments import SLURM_FLAGS, checked, typed_of
 from examples.few_shot.scheduling.local import Pool
 from examples.few_shot.scheduling.machine import Machine, share
 from examples.few_shot.scheduling.plan import SHOTS, Job, Levels, Split, plan_jobs
@@ -92,7 +92,7 @@ def schedule_experiment_jobs(
     tasks = chosen_tasks(args.tasks, task_run_groups, available_tasks_settings)
     levels = Levels(
         base_run_args(args),
-        getattr(args, "typed", frozenset()),
+        typed_of(args),
         checked_args(custom_base_run_args),
         checked_args(custom_override_run_args),
     )
@@ -113,7 +113,7 @@ def base_run_args(args: argparse.Namespace) -> dict[str, Any]:
     Nothing where the evaluator's own default is meant: a model's name may imply another one.
     """
     own = {**default_options(), SHOTS: None}
-    typed = getattr(args, "typed", frozenset())
+    typed = typed_of(args)
     return {
         name: value
         for name, value in vars(args).items()
@@ -124,7 +124,7 @@ def base_run_args(args: argparse.Namespace) -> dict[str, Any]:
 
 def _slurm_remarks(args: argparse.Namespace, models: Mapping[str, ModelSettings]) -> Iterator[str]:
     """What is typed for Slurm and has no effect."""
-    for name in sorted(getattr(args, "typed", frozenset()) & SLURM_FLAGS.keys()):
+    for name in sorted(typed_of(args) & SLURM_FLAGS.keys()):
         flag = f"--{name.replace('_', '-')}"
         if args.local:
             yield f"{flag} has no part in --local"
@@ -366,7 +366,7 @@ class _Run:
         wanted = slurm.needs(jobs[0][0].model, self.args)
         mine = {job.name: self._claim(job, info) for job, info in jobs}
         chosen = [(job, info) for job, info in jobs if mine[job.name]]
-        world_size = wanted.world_size(cpu=self.args.cpu)
+        world_size = wanted.world_size
         if not chosen:
             return []
         orders = [self._order(job, mine[job.name], world_size) for job, _ in chosen]

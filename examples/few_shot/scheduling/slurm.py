@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from examples.few_shot.predictors.api import PREDICTORS
 from examples.few_shot.scheduling import submissions
 from examples.few_shot.scheduling.local import ROOT
 from examples.few_shot.scheduling.settings import ModelSettings
 from examples.few_shot.scheduling.submissions import SLURM, Submission
-from examples.few_shot.scheduling.worker import Order, execute
+from examples.few_shot.scheduling.worker import Order, execute, needs_model
 from examples.few_shot.settings import PlannedEvaluation, safe
 from fairseq_lite.errors import ConfigError, MissingDependency
 from fairseq_lite_cli.alive import Process
@@ -59,11 +58,11 @@ class Needs:
     mail_user: str | None = None
     mail_type: str | None = None
 
-    def world_size(self, *, cpu: bool) -> int:
+    @property
+    def world_size(self) -> int:
         """Processes that share one job: its tasks; a task alone on its node starts one a GPU."""
-        tasks = self.nodes * self.ntasks_per_node
-        alone = self.ntasks_per_node == 1 and not cpu
-        return tasks * max(1, self.gpus_per_node) if alone else tasks
+        each = max(1, self.gpus_per_node) if self.ntasks_per_node == 1 else self.ntasks_per_node
+        return self.nodes * each
 
     def parameters(self, name: str) -> dict[str, Any]:
         """The same in submitit's words."""
@@ -98,7 +97,7 @@ def needs(model: ModelSettings, args: argparse.Namespace) -> Needs:
 
     return Needs(
         nodes=either(model.nodes, args.slurm_nodes),
-        gpus_per_node=either(model.gpus_per_node, args.slurm_gpus_per_node),
+        gpus_per_node=0 if args.cpu else either(model.gpus_per_node, args.slurm_gpus_per_node),
         ntasks_per_node=either(model.ntasks_per_node, args.slurm_ntasks_per_node),
         cpus_per_task=either(model.cpus_per_task, args.slurm_cpus_per_task),
         parallel=either(either(model.max_parallel, args.slurm_array_parallelism), PARALLEL),
@@ -131,7 +130,7 @@ class RemoteJob:
         order = self.order
         planned = order.planned()
         first = env.global_rank == 0
-        if not first and not _need_model(planned):
+        if not first and not any(needs_model(each) for each in planned):
             return "the first task does it"
         if first:
             by = _who(order.name, env)
@@ -167,10 +166,6 @@ def _made(planned: PlannedEvaluation) -> int | None:
         return planned.results_file.stat().st_mtime_ns
     except OSError:
         return None
-
-
-def _need_model(planned: Sequence[PlannedEvaluation]) -> bool:
-    return any(PREDICTORS.get(each.options.predictor_name).factory.needs_model for each in planned)
 
 
 def _who(name: str, env: Any) -> Submission:

@@ -44,7 +44,9 @@ def look(jobs: Sequence[Job], *, override: bool = False, recalculate: bool = Fal
     busy = {file: mark for file, mark in marks.items() if mark is not None and mark in alive}
     found = []
     for job in jobs:
-        submitted, completed, missing, todo = [], [], [], []
+        completed: list[PlannedEvaluation] = []
+        missing: list[PlannedEvaluation] = []
+        submitted, todo = [], []
         for each in job.evaluations:
             done = each.results_file in complete
             mark = busy.get(each.results_file)

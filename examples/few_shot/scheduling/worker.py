@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from examples.few_shot import results
-from examples.few_shot.predictors.api import PREDICTORS
+from examples.few_shot.predictors.api import predictor_type
 from examples.few_shot.scheduling.plan import Job
 from examples.few_shot.settings import EvaluationOptions, PlannedEvaluation, plan
 from fairseq_lite.errors import FliteError
@@ -147,7 +147,7 @@ def _groups(planned: Sequence[PlannedEvaluation]) -> list[list[PlannedEvaluation
 def _run_group(group: list[PlannedEvaluation], errors: list[str], one_of_several: bool) -> None:
     from examples.few_shot.gpt3_eval import run_planned
 
-    if not PREDICTORS.get(group[0].options.predictor_name).factory.needs_model:
+    if not needs_model(group[0]):
         for each in group:
             try:
                 run_planned([each])
@@ -174,6 +174,11 @@ def _run_group(group: list[PlannedEvaluation], errors: list[str], one_of_several
                 return
             errors.append(f"{failed.task}: {e}")
             group = group[done + 1 :]
+
+
+def needs_model(planned: PlannedEvaluation) -> bool:
+    """Whether an evaluation asks a model; a baseline does not."""
+    return predictor_type(planned.options.predictor_name).needs_model
 
 
 def _stamp(planned: PlannedEvaluation) -> tuple[int, int] | None:

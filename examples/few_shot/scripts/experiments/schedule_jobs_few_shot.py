@@ -23,7 +23,7 @@ from examples.few_shot.scheduling.schedule import (
     schedule_experiment_jobs,
 )
 from examples.few_shot.scheduling.settings import ModelSettings, TaskSettings
-from examples.few_shot.tasks.api import GROUPS, TASKS
+from examples.few_shot.tasks.api import GROUPS, TASKS, task_type
 
 __all__ = [
     "ModelSettings", "TaskSettings", "arg_modify_default", "default_model_run_groups",
@@ -91,7 +91,7 @@ def _registered() -> dict[str, TaskSettings]:
     load_builtins()
     found = {}
     for name in (*TASKS.names(), *GROUPS):
-        kinds = [TASKS.get(task).factory for task in GROUPS.get(name, (name,))]
+        kinds = [task_type(task) for task in GROUPS.get(name, (name,))]
         # Tasks that take no shots, or have none, are evaluated without whatever --nshot says.
         bare = all(kind.max_shots == 0 or kind.train_set is None for kind in kinds)
         params = {"nb_few_shot_samples_values": [0]} if bare else {}
@@ -103,7 +103,7 @@ default_tasks_settings = _registered()
 
 default_task_run_groups = {
     # Every task but those that are told what to read (`--perplexity-eval-set FILE`).
-    "all": [name for name in TASKS.names() if TASKS.get(name).factory.eval_set is not None],
+    "all": [name for name in TASKS.names() if task_type(name).eval_set is not None],
     "rai": ["stereoset", "crowspairs", "ethoszeroshot"],
     # Quick to do and sure to move: for checkpoints of a model that is still in training.
     "intermediate_eval_v1": [

@@ -23,15 +23,13 @@ from examples.few_shot.scripts.experiments.schedule_jobs_few_shot import (
     run_script,
     schedule_experiment_jobs,
 )
-from examples.few_shot.tasks.api import TASKS
+from examples.few_shot.tasks.api import task_type
 
 available_model_settings = {key: default_model_settings[key] for key in ("random", "majority")}
 model_run_groups = {"baselines": ["random", "majority"], "all": ["random", "majority"]}
 
 # Baselines choose; they write no text and rank no vocabulary.
-_CHOICE = [
-    name for name in default_task_run_groups["all"] if TASKS.get(name).factory.kind == "choice"
-]
+_CHOICE = [name for name in default_task_run_groups["all"] if task_type(name).kind == "choice"]
 # Neither reads shots.
 _NO_SHOTS = {"nb_few_shot_samples_values": [0]}
 

@@ -24,7 +24,7 @@ from examples.few_shot.scripts.experiments.schedule_jobs_few_shot import (
     run_script,
     schedule_experiment_jobs,
 )
-from examples.few_shot.tasks.api import TASKS
+from examples.few_shot.tasks.api import task_type
 
 available_model_settings = default_model_settings.copy()
 model_run_groups = default_model_run_groups.copy()
@@ -74,7 +74,7 @@ task_run_groups.update(
         "all": [
             name
             for name in default_task_run_groups["all"]
-            if not TASKS.get(name).factory.languages or name in _ENGLISH
+            if not task_type(name).languages or name in _ENGLISH
         ],
         "default": ["blimp", *_SUPERGLUE, *_COMMONSENSE, *_SCIENCE],
         # What follows is likely or not: tasks that a language model does as it was trained.
