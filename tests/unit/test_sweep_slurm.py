@@ -29,7 +29,7 @@ cp "$1" job.$n
 echo $n >>jobs
 echo "Submitted batch job $n"
 """
-SQUEUE = 'grep -qx "$4" "$(dirname "$0")/jobs" && echo PENDING\nexit 0\n'
+SQUEUE = 'grep -x "$5" "$(dirname "$0")/jobs"\nexit 0\n'
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_a_job_whose_run_fails_fails(tmp_path, in_job):
     ],
 )
 def test_a_job_leaves_alone_what_another_works_on(tmp_path, in_job, monkeypatch, other):
-    monkeypatch.setattr(state, "_job_alive", lambda job: True)
+    monkeypatch.setattr(state, "slurm_jobs_alive", set)
     assert "left alone" in job(tmp_path, "echo never", other)()
     assert state.load(tmp_path) == other
     assert not (tmp_path / state.LOG).exists()
@@ -229,7 +229,7 @@ def test_a_job_leaves_alone_what_another_works_on(tmp_path, in_job, monkeypatch,
     ],
 )
 def test_a_job_takes_up_its_own(tmp_path, in_job, monkeypatch, mine):
-    monkeypatch.setattr(state, "_job_alive", lambda job: True)
+    monkeypatch.setattr(state, "slurm_jobs_alive", set)
     assert job(tmp_path, "true", mine)() == "finished"
 
 

@@ -141,7 +141,7 @@ def fake_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> N
 @pytest.mark.parametrize(
     ("script", "alive"),
     [
-        ('test "$*" = "--noheader --format=%T --jobs 17" && echo PENDING', True),
+        ('test "$*" = "--noheader --array --format=%i --jobs 17" && echo 17', True),
         ("true", False),
         ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", False),
         ("echo 'Unable to contact slurm controller' >&2; exit 1", True),

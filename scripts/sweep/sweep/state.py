@@ -12,13 +12,13 @@ import enum
 import errno
 import json
 import os
-import shutil
 import socket
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from fairseq_lite_cli.alive import Process, slurm_jobs_alive
 
 try:
     import fcntl
@@ -36,7 +36,6 @@ _DONE = "done training"
 # flite-train says so where it was told to end before its time, and then also that it is done.
 _ASKED = "the process was asked to end"
 _LONGEST_LINE = 240
-_SQUEUE_SECONDS = 60
 
 
 class State(str, enum.Enum):
@@ -210,17 +209,15 @@ def this_process() -> dict[str, Any]:
 
 def process(pid: int) -> dict[str, Any]:
     """The same of another process of this machine."""
-    return {"host": socket.gethostname(), "pid": pid, "began": _began(pid) or ""}
+    return dataclasses.asdict(Process.of(pid))
 
 
 def is_alive(record: Record) -> bool:
-    """Whether the process or the job of a record lives; of another machine's process, assumed."""
-    if record.job is not None:
-        return _job_alive(record.job)
-    if record.host != socket.gethostname():
-        return True
-    began = _began(record.pid)
-    return began is not None and began == record.began
+    """Whether the process or the job of a record lives; where nobody can be asked, assumed."""
+    if record.job is None:
+        return Process(record.host, record.pid, record.began).is_alive
+    jobs = slurm_jobs_alive([record.job])
+    return jobs is None or record.job in jobs
 
 
 def place(record: Record) -> str:
@@ -228,38 +225,3 @@ def place(record: Record) -> str:
     if record.job is not None:
         return f"as job {record.job}"
     return f"on {record.host} (process {record.pid})"
-
-
-def _began(pid: int) -> str | None:
-    """When a process of this machine began, as the system counts; None when it has ended."""
-    try:
-        # Behind the name in parentheses, which may contain anything: state, …, and the start time.
-        text = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return None if text[0] in "ZX" else f"{boot}:{text[19]}"
-    except OSError:
-        if os.path.isdir("/proc/self"):
-            return None
-    try:  # no /proc: the number alone
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return ""
-
-
-def _job_alive(job: str) -> bool:
-    """Whether Slurm still has a job, waiting or running; assumed where it cannot be asked."""
-    if shutil.which("squeue") is None:
-        return True
-    asked = ["squeue", "--noheader", "--format=%T", "--jobs", job]
-    try:
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=_SQUEUE_SECONDS)
-    except subprocess.TimeoutExpired:
-        return True
-    if done.returncode:
-        # Slurm forgets a job minutes after its end. Any other trouble says nothing about the job.
-        return "invalid job id" not in done.stderr.lower()
-    # A job that is being ended is still shown for a while, and still writes.
-    return bool(done.stdout.strip())
