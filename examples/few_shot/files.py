@@ -44,7 +44,8 @@ def existing(task: str, root: Path, names: tuple[str, ...]) -> Path:
 
 def open_text(path: Path) -> io.TextIOBase:
     """A text file in UTF-8; .gz and .xz are unpacked while read; lines end at newlines only."""
-    raw: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)(path, "rb")
+    openers: Mapping[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
+    raw = openers.get(path.suffix, open)(path, "rb")
     return io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import logging
 import sys
 import traceback
@@ -137,8 +138,6 @@ def _unknown(word: str, names: Sequence[str]) -> str:
             fields = dataclasses.fields(registry.get(name).config)
             if flag[2:].replace("-", "_") in {field.name for field in fields}:
                 return f"{flag}: belongs to {registry.kind} {name}, which is not evaluated here"
-    import difflib
-
     options = [o for a in get_argparser(names)._actions for o in a.option_strings]
     near = difflib.get_close_matches(flag, options, n=1)
     return f"{flag}: unknown flag" + (f"; did you mean {near[0]}?" if near else "")

@@ -33,7 +33,8 @@ class Shots:
     """The shots of a trial.
 
     Args:
-        ranked: the pool in the order of the trial.
+        pool: the samples to draw from.
+        ranked: their numbers, in the order of the trial.
         k: how many are taken.
         leak: a sample may be its own shot.
         uniform: as many of each class.
@@ -116,9 +117,8 @@ def draw(
                 f"--uniform-sampling: {k} shots are no multiple of the {len(classes)} classes of"
                 f" {task}"
             )
-    most = len(pool) if leak else max(len(pool) - 1, 0)
     if k > len(pool):
-        logger.warning("%s: %d shots asked for, %d samples to draw from", task, k, most)
+        logger.warning("%s: %d shots asked for, %d samples to draw from", task, k, len(pool))
     return Shots(
         pool,
         tuple(order(len(pool), seed=seed, trial=trial, task=task)),

@@ -57,7 +57,7 @@ class EvaluationOptions:
     uniform_sampling: bool = flag(False, "as many shots of each class")
     beam_size: int = flag(1, "of written answers; tokens that a ranking lists")
     num_trials: int = flag(5, "trials with other shots, where there are shots")
-    seed: int = flag(0, "of the first trial; each further one has the next")
+    seed: int = flag(0, "of all draws, with the number of the trial; files count trials from it on")
     moe_eval_capacity_token_fraction: float | None = flag(
         None, "an expert's capacity, as a part of the tokens; default: no token is dropped",
         aliases=("--cap",),
@@ -92,7 +92,7 @@ class EvaluationOptions:
         False, "do not score the tokens of prompts: faster; perplexities of whole prompts are left"
         " out and sum begins where candidates differ",
     )  # fmt: skip
-    fsdp: bool = flag(False, "spread weights over the processes")
+    fsdp: bool = flag(False, "not built: experts are spread over the processes without it")
     fp16: bool = flag(False, "compute in float16 (CUDA)")
     bf16: bool = flag(False, "compute in bfloat16")
     cpu: bool = flag(False, "use no GPU")
@@ -125,6 +125,12 @@ class EvaluationOptions:
             if getattr(self, one) and getattr(self, other):
                 names = (f"--{name.replace('_', '-')}" for name in (one, other))
                 raise ConfigError(f"{' '.join(names)}: choose one")
+        if self.fsdp:
+            raise ConfigError(
+                "--fsdp: every process has all weights of a dense model, and of a mixture of"
+                " experts its share of them without being told; leave it out, --bf16 halves what"
+                " they take"
+            )
         if self.predictor_name not in PREDICTORS:
             PREDICTORS.get(self.predictor_name)
 
@@ -242,7 +248,7 @@ def plan(model_name: str, **given: Any) -> list[PlannedEvaluation]:
 
 
 def as_names(value: Any, what: str) -> Names:
-    """A word or several as a tuple; RB of the original: a word was taken apart into letters.
+    """A word or several as a tuple; a word is one, where a list of its letters would be another.
 
     Raises:
         ConfigError: something else.
@@ -313,7 +319,7 @@ def _split(
     return per_task, rest
 
 
-# Other spellings of the suffixes, as the seeds have them.
+# Other spellings of the suffixes, as in the scripts and documents of the original.
 _ALIASES = {"language": "languages", "templates": "template", "eval_sets": "eval_set"}
 
 
@@ -355,8 +361,8 @@ def _plan_task(
             ),
             f"{name}_languages",
         )
-        for language in languages:
-            _check_language(name, kind, language)
+        for each in languages:
+            _check_language(name, kind, each)
     elif "languages" in said:
         raise ConfigError(f"{flag_of(name, 'languages')}: {name} is in one language; leave it out")
     values = given.get("nb_few_shot_samples_values", _default_shots(kind, options, said))

@@ -302,11 +302,6 @@ def test_the_dummy_needs_no_files() -> None:
     assert isinstance(load("anything", predictor_name="dummy"), DummyModel)
 
 
-def test_weights_are_not_spread(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="leave it out, --bf16"):
-        load("anything", fsdp=True)
-
-
 def test_only_hugging_faces_models_are_of_their_predictor(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,6 +125,7 @@ def test_a_set_is_the_task_s_own_or_that_for_all() -> None:
         ({"scoring": "best"}, "--scoring best: expected one of mean, sum"),
         ({"max_positions": 0}, "--max-positions 0 stands for --max-tokens"),
         ({"fp16": True, "bf16": True}, "--fp16 --bf16: choose one"),
+        ({"fsdp": True, "predictor_name": "random"}, "--fsdp: every process has all weights"),
         ({"skip_completed": True, "override_completed": True}, "choose one"),
         ({"calibrator_name": "average_option"}, "copa needs --copa-calibration-options"),
         ({"copa_calibration_options": ["premise::"]}, "say --calibrator-name average_option"),

@@ -28,11 +28,6 @@ def load_model(name: str, options: EvaluationOptions, world: World) -> Model:
         CheckpointError: there is nothing of that name, or it cannot be read.
         MissingDependency: a package that its kind needs.
     """
-    if options.fsdp:
-        raise ConfigError(
-            "--fsdp: every process has all weights of a dense model, and of a mixture of experts"
-            " its share of them without being told; leave it out, --bf16 halves what they take"
-        )
     if options.predictor_name == "dummy":
         from examples.few_shot.models.dummy import DummyModel
 
