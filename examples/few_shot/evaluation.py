@@ -153,11 +153,6 @@ class Evaluation:
     def _rows(self, trial: int, seed: int, path: Path) -> tuple[list[dict[str, Any]], float]:
         """The predictions of a trial as they are written, and the seconds they took."""
         run = self._run_name()
-        found = self._agree(self._there(path, run))
-        if found is not None:
-            logger.info("%s: is there", path.name)
-            return found, math.nan
-        start = time.perf_counter()
         shots = sampling.draw(
             self.pool,
             self.planned.k,
@@ -168,20 +163,27 @@ class Evaluation:
             leak=self.planned.options.allow_test_shots,
             keep_order=self.planned.options.no_shuffle_examples,
         )
+        drawn = [
+            [shot.identity for shot in shots.of(question.parent)] if self.planned.k else []
+            for question in self.questions
+        ]
+        found = self._agree(self._there(path, run, drawn))
+        if found is not None:
+            logger.info("%s: is there", path.name)
+            return found, math.nan
+        start = time.perf_counter()
         predictions = self._predict(trial, seed, shots)
         rows = results.prediction_rows(
-            predictions,
-            [question.number for question in self.questions],
-            [[shot.identity for shot in shots.of(q.parent)] if self.planned.k else []
-             for q in self.questions],
-            run,
-        )  # fmt: skip
+            predictions, [question.number for question in self.questions], drawn, run
+        )
         seconds = time.perf_counter() - start
         if self.is_main:
             results.write_predictions(path, rows)
         return rows, seconds
 
-    def _there(self, path: Path, run: str) -> list[dict[str, Any]] | None:
+    def _there(
+        self, path: Path, run: str, drawn: Sequence[Sequence[str]]
+    ) -> list[dict[str, Any]] | None:
         """Predictions that an earlier run has left, if they are those this one would make."""
         if self.planned.options.override_completed or not path.exists():
             return None
@@ -190,8 +192,12 @@ class Evaluation:
         except DataError as e:
             logger.warning("%s; predicted again", e)
             return None
-        wanted = [(run, question.sample.identity) for question in self.questions]
-        return rows if [(row.get("run"), row.get("id")) for row in rows] == wanted else None
+        wanted = [
+            (run, question.sample.identity, its)
+            for question, its in zip(self.questions, drawn, strict=True)
+        ]
+        there = [(row.get("run"), row.get("id"), row.get("shots")) for row in rows]
+        return rows if there == wanted else None
 
     def _agree(self, value: Any) -> Any:
         return value if self.model is None else self.model.agree(value)

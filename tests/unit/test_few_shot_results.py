@@ -160,6 +160,10 @@ def test_predictions_of_another_model_data_or_kind_are_made_again(data: Path) ->
     changed = Counting()
     Evaluation(planned(data), changed).run()
     assert changed.calls == 3
+    (data / "COPA" / "train.jsonl").write_text("".join(lines[:4]))
+    with_other_shots = Counting()
+    Evaluation(planned(data), with_other_shots).run()
+    assert with_other_shots.calls == 3
 
 
 @pytest.mark.parametrize("damage", ["", "{", '{"id": 1}\n', "null\n"])
