@@ -20,4 +20,9 @@ def generation_config(options: Mapping[str, Any], method: str) -> GenerationConf
     unknown = sorted(set(options) - known)
     if unknown:
         raise ConfigError(f"{method}(): unknown option {unknown[0]!r}")
+    for name in ("retain_dropout", "retain_dropout_modules"):
+        if options.get(name):
+            raise ConfigError(
+                f"{method}(): {name} is for flite-generate; here dropout is off: leave it out"
+            )
     return GenerationConfig(**options)

@@ -49,5 +49,7 @@ def test_errors_are_one_line(moved: Path, tmp_path: Path):
         hub.load(tmp_path / "none.pt")
     with pytest.raises(ConfigError, match="unknown option 'beams'"):
         hub.load(moved, device="cpu").translate("a", beams=3)
+    with pytest.raises(ConfigError, match="retain_dropout is for flite-generate"):
+        hub.load(moved, device="cpu").translate("a", retain_dropout=True)
     with pytest.raises(ConfigError, match="expected 'cpu' or 'cuda'"):
         hub.load(moved, device="tpu")
