@@ -338,6 +338,20 @@ def test_a_package_that_is_missing_is_named(
         load(str(path))
 
 
+def test_the_files_of_any_kind_of_model_have_a_digest(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    options = EvaluationOptions()
+    ours = touch(tmp_path / "a.pt")
+    theirs = touch(tmp_path / "folder" / "config.json").parent
+    weights = touch(theirs / "model.safetensors")
+    for name, file in ((ours, ours), (theirs, weights)):
+        before = loading.digest_of_files(str(name), options)
+        file.write_text("others")
+        assert before is not None
+        assert loading.digest_of_files(str(name), options) not in (None, before)
+    assert loading.digest_of_files(str(tmp_path / "none.pt"), options) is None
+
+
 def test_options_that_hugging_faces_models_have_no_use_for(tmp_path: Path) -> None:
     touch(tmp_path / "config.json")
     with pytest.raises(ConfigError, match="--moe-eval-capacity-token-fraction"):

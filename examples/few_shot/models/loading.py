@@ -8,7 +8,7 @@ from examples.few_shot import model_configs
 from examples.few_shot.model_configs import HUGGING_FACE, NONE, ModelConfig
 from examples.few_shot.models.api import Model
 from examples.few_shot.settings import EvaluationOptions
-from fairseq_lite.errors import CheckpointError, ConfigError
+from fairseq_lite.errors import CheckpointError, ConfigError, FliteError
 from fairseq_lite.parallel.world import World
 
 # The predictor that asks Hugging Face's models only.
@@ -33,7 +33,7 @@ def load_model(name: str, options: EvaluationOptions, world: World) -> Model:
 
         return DummyModel()
     config, path = found(name, options)
-    if config.kind == HUGGING_FACE or (config.kind is None and is_hugging_face(path)):
+    if _is_theirs(config, path):
         return _hugging_face(path, options, world)
     if options.predictor_name == _HUGGING_FACE:
         raise ConfigError(
@@ -43,19 +43,30 @@ def load_model(name: str, options: EvaluationOptions, world: World) -> Model:
 
 
 def digest_of_files(name: str, options: EvaluationOptions) -> str | None:
-    """The digest of a checkpoint's files as they are now, which results name as `model::sha256`.
+    """The digest of a model's files as they are now, which results name as `model::sha256`.
 
-    None where there is nothing to compare: no files, or none of our own.
+    None where there is nothing to compare: no model, or no files any more.
     """
-    try:
-        _, path = found(name, options)
-    except (CheckpointError, ConfigError):
-        return None
-    if options.predictor_name == "dummy" or is_hugging_face(path):
+    if options.predictor_name == "dummy":
         return None
     from examples.few_shot.models.fingerprint import checkpoint_files, identity_of
 
-    return str(identity_of(checkpoint_files(path))["sha256"])
+    try:
+        config, path = found(name, options)
+        if _is_theirs(config, path):
+            from examples.few_shot.models.huggingface import find
+
+            files = find(path).files
+        else:
+            files = checkpoint_files(path)
+    except FliteError:
+        return None
+    return str(identity_of(files)["sha256"])
+
+
+def _is_theirs(config: ModelConfig, path: str) -> bool:
+    """Whether a model is one of Hugging Face's."""
+    return config.kind == HUGGING_FACE or (config.kind is None and is_hugging_face(path))
 
 
 def is_hugging_face(path: str) -> bool:
