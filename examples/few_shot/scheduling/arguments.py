@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from examples.few_shot.gpt3_eval import Parser
 from examples.few_shot.scheduling.settings import Groups
 from examples.few_shot.scheduling.slurm import EXECUTORS
+from fairseq_lite.config.flags import Parser
 from fairseq_lite.errors import ConfigError
 from fairseq_lite.registry import near
 
@@ -76,7 +76,7 @@ def get_argparser(
         model_run_groups: what `-m` takes.
         available_model_settings: likewise.
     """
-    parser = SchedulingParser(description=description, allow_abbrev=False)
+    parser = SchedulingParser(description=description)
     _add_jobs(parser)
     add = parser.add_argument_group("evaluation").add_argument
     add("--scoring", default="mean", help="from scores of tokens to that of a candidate")

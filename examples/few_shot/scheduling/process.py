@@ -6,7 +6,6 @@ It carries out the orders that its parent sends, one after another, and ends wit
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import queue
 import signal
@@ -18,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from examples.few_shot.gpt3_eval import set_up_logging
 from examples.few_shot.scheduling.worker import Order, execute
 
 # What is told to end has this long; then it is killed.
@@ -86,10 +86,7 @@ def main(argv: Sequence[str]) -> None:
     descriptor = int(argv[0])
     os.set_inheritable(descriptor, False)
     signal.signal(signal.SIGTERM, _end)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
-        datefmt="%Y-%m-%d %H:%M:%S", stream=sys.stderr,
-    )  # fmt: skip
+    set_up_logging()
     serve(Connection(descriptor))
 
 

@@ -28,6 +28,7 @@ RESERVED = {
     "tasks": "a task setting's second field is its tasks",
     "results_dir": "-o says where results go",
     "skip_completed": "that is the default; --override-completed evaluates again",
+    "override_completed": "say it on the command line",
     "recalc_metrics_from_predictions": "say it on the command line",
 }
 

@@ -139,7 +139,7 @@ class RemoteJob:
         self._before = {str(each.results_file): _made(each) for each in planned}
         try:
             with _meeting_point(env):
-                errors = execute(order, rank=env.global_rank, ranks=env.num_tasks)
+                errors = execute(order, ranks=env.num_tasks)
         finally:
             if first and not self._goes_back:
                 submissions.release(planned)

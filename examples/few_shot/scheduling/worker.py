@@ -50,6 +50,7 @@ class Order:
         for model_name, args in self.calls:
             values = {"distributed_world_size": self.world_size, **args}
             values["recalc_metrics_from_predictions"] = self.recalculate
+            values["override_completed"] = self.override
             for each in plan(model_name, **values):
                 if str(each.results_file) in only:
                     found.setdefault(str(each.results_file), each)
@@ -80,13 +81,13 @@ def order_of(
     )
 
 
-def execute(order: Order, *, rank: int = 0, ranks: int = 1) -> list[str]:
+def execute(order: Order, *, ranks: int = 1) -> list[str]:
     """Carry out an order; one evaluation's mistake does not stop the others.
 
     Args:
         order: what to do.
-        rank: the number of this process among those of a launcher's that do the same.
-        ranks: how many these are. With several nothing may depend on how far one of them came.
+        ranks: processes of a launcher's that do the same, this one among them. With several nothing
+            may depend on how far one of them came.
 
     Returns:
         Mistakes that users can mend, one line each.
@@ -94,11 +95,6 @@ def execute(order: Order, *, rank: int = 0, ranks: int = 1) -> list[str]:
     planned = order.planned()
     if not order.override and not order.recalculate:
         planned = [each for each in planned if not results.is_complete(each)]
-    if order.override and rank == 0:
-        # Predictions that are there would be taken for those of a run that was interrupted.
-        for each in planned:
-            for path in each.prediction_files:
-                path.unlink(missing_ok=True)
     errors: list[str] = []
     if len(planned) > 1 and not order.recalculate:
         planned = _with_data(planned, errors)
