@@ -22,6 +22,7 @@ import torch
 
 from fairseq_lite import hub
 from fairseq_lite.errors import ConfigError, DataError, MissingDependency
+from fairseq_lite.hub.led import LedModel
 from fairseq_lite.hub.lm_eval_args import GenerationArgs, ModelArgs
 
 try:
@@ -58,7 +59,7 @@ class FairseqLiteLM(TemplateLM):  # type: ignore[misc]  # a class of a package w
     def __init__(self, **given: Any) -> None:
         super().__init__()
         args = ModelArgs.of(given)
-        model = hub.load(
+        self.led = LedModel(
             args.path,
             device=args.model_device(),
             bf16=args.bf16,
@@ -66,8 +67,7 @@ class FairseqLiteLM(TemplateLM):  # type: ignore[misc]  # a class of a package w
             user_dir=args.user_dir,
             overrides=args.model_overrides(),
         )
-        if not isinstance(model, hub.LanguageModel):
-            raise ConfigError(f"{args.path}: translates; the harness evaluates language models")
+        model = self.led.model
         self.args, self.model = args, model
         self._device = model.device
         longest = model.max_tokens + 1
@@ -105,10 +105,8 @@ class FairseqLiteLM(TemplateLM):  # type: ignore[misc]  # a class of a package w
 
     def get_model_info(self) -> dict[str, Any]:
         """What is written beside the results."""
-        parameters = [p for model in self.model.models for p in model.parameters()]
         return {
-            "model_num_parameters": sum(p.numel() for p in parameters),
-            "model_dtype": str(parameters[0].dtype),
+            "model_dtype": str(next(self.model.models[0].parameters()).dtype),
             "model_max_length": self.max_length,
             "model_max_tokens": self.max_tokens,
         }
@@ -179,7 +177,7 @@ class FairseqLiteLM(TemplateLM):  # type: ignore[misc]  # a class of a package w
             hub.Branches(_ids(context), tuple(_ids(asked[i][1]) for i in where))
             for context, where in places.items()
         ]
-        results = self.model.score_branches(branches, max_tokens=self.max_tokens, start=start)
+        results = self.led.ask("score_branches", branches, max_tokens=self.max_tokens, start=start)
         found = [(0.0, True)] * len(asked)
         for where, result in zip(places.values(), results, strict=True):
             for i, scores, greedy in zip(where, result.continuations, result.greedy, strict=True):
@@ -237,7 +235,8 @@ class FairseqLiteLM(TemplateLM):  # type: ignore[misc]  # a class of a package w
         for args, where in groups.items():
             for part in self._portions(where, "generate_until", disable_tqdm):
                 prompts = [self._prompt(requests[i].args[0], args) for i in part]
-                texts = self.model.complete(
+                texts = self.led.ask(
+                    "complete",
                     prompts,
                     until=args.until,
                     max_new_tokens=args.max_new_tokens,

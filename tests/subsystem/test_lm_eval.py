@@ -21,6 +21,7 @@ from fairseq_lite import hub
 from fairseq_lite.errors import CheckpointError, ConfigError, DataError
 from tests.helpers import harness
 from tests.helpers.commands import flite
+from tests.helpers.distributed import run_distributed
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[lm-eval]'")
 
@@ -29,6 +30,7 @@ from lm_eval.api.model import CacheHook, CachingLM, hash_args
 
 from fairseq_lite.hub import lm_eval
 from fairseq_lite.hub.lm_eval import FairseqLiteLM
+from fairseq_lite_cli import lm_eval as command
 
 WORDS = "the old man went down to sea and saw a ship with white sails far out on water".split()
 POSITIONS = 24
@@ -242,7 +244,7 @@ def test_every_kind_of_checkpoint(kind, run, tasks):
         contexts, texts = zip(*sample.pairs, strict=True)
         plain = model.score(list(texts), list(contexts))
         assert sample.log_probs == pytest.approx([one.total for one in plain], abs=1e-4)
-    assert lm.get_model_info()["model_num_parameters"] > 5000
+    assert lm.get_model_info()["model_dtype"] == "torch.float32"
 
 
 @pytest.fixture
@@ -356,8 +358,8 @@ def results_of(folder: Path) -> dict:
     return json.loads(path.read_text("utf-8"))
 
 
-def command_line(run: Path, tasks: Path, out: Path, *more: str) -> list[str]:
-    words = ["--model", "fairseq_lite", "--model_args", f"path={run / 'dense'}", "--device", "cpu"]
+def command_line(path: Path, tasks: Path, out: Path, *more: str) -> list[str]:
+    words = ["--model", "fairseq_lite", "--model_args", f"path={path}", "--device", "cpu"]
     words += ["--tasks", "choices", "--include_path", str(tasks), "--output_path", str(out)]
     return [*words, "--batch_size", "4", *more]
 
@@ -365,15 +367,49 @@ def command_line(run: Path, tasks: Path, out: Path, *more: str) -> list[str]:
 def test_our_command_is_the_harness_with_our_model(run, tasks, adapter, tmp_path, capsys):
     expected = harness.evaluate(tasks, ["choices"], adapter)["choices"]
     with harness.offline(tmp_path, scan=False):
-        assert flite("lm_eval", *command_line(run, tasks, tmp_path / "out")) == 0
+        assert flite("lm_eval", *command_line(run / "dense", tasks, tmp_path / "out")) == 0
         found = results_of(tmp_path / "out")
         assert found["results"]["choices"]["acc,none"] == pytest.approx(expected.accuracy)
         assert found["config"]["model"] == "fairseq_lite"
         assert found["config"]["model_max_tokens"] == 4 * POSITIONS
         assert "|choices|" in capsys.readouterr().out
-        words = command_line(run, tasks, tmp_path, "--model_args", "path=nothing.pt")
+        words = command_line(run / "dense", tasks, tmp_path, "--model_args", "path=nothing.pt")
         assert flite("lm_eval", *words) == 2
         assert "error: --path nothing.pt" in capsys.readouterr().err.splitlines()[-1]
+
+
+def _on_a_rank(world, words: tuple[str, ...], folder: Path) -> None:
+    with harness.offline(folder / str(world.rank), scan=False):
+        command.evaluate(words, world)
+
+
+def test_several_processes_share_the_work(run, tasks, tmp_path):
+    """Rank 0 runs the harness; experts are spread, and the others do as it says."""
+    lm = FairseqLiteLM(path=str(run / "moe"), device="cpu")
+    expected = harness.evaluate(tasks, ["choices", "answers"], lm)
+    words = command_line(run / "moe", tasks, tmp_path / "out", "--tasks", "choices,answers")
+    run_distributed(_on_a_rank, 2, (*words, "--log_samples"), tmp_path)
+    found = results_of(tmp_path / "out")["results"]
+    assert found["choices"]["acc,none"] == pytest.approx(expected["choices"].accuracy)
+    for name in expected:
+        (path,) = (tmp_path / "out").rglob(f"samples_{name}_*.jsonl")
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        for row, sample in zip(rows, expected[name].samples, strict=True):
+            answers = [answer[0] for answer in row["resps"]]
+            if name == "answers":
+                assert answers == [sample.output]
+            else:
+                scores = [float(score) for score, _ in answers]
+                assert scores == pytest.approx(sample.log_probs, abs=1e-4)
+
+
+def test_what_of_the_arguments_is_ours():
+    words = ["run", "--model_args", "path=a", "bf16=True", "--device=cpu", "--limit", "3"]
+    assert command.split(words) == (None, "cpu", tuple(words))
+    given = command.split([*words, "--distributed-world-size", "2"])
+    assert given == (2, "cpu", tuple(words))
+    with pytest.raises(ConfigError, match="--distributed-world-size 0: expected 1 or more"):
+        command.split(["--distributed-world-size", "0"])
 
 
 # The harness's own command, which does not read its thousands of tasks first.
@@ -391,7 +427,7 @@ def test_the_stock_command_knows_the_model(run, tasks, adapter, tmp_path):
     if not any(one.group == "torch.backends" for points in found for one in points):
         pytest.skip("fairseq-lite is not installed with its entry points: pip install -e .")
     expected = harness.evaluate(tasks, ["choices"], adapter)["choices"]
-    words = [sys.executable, "-c", STOCK, *command_line(run, tasks, tmp_path / "out")]
+    words = [sys.executable, "-c", STOCK, *command_line(run / "dense", tasks, tmp_path / "out")]
     with harness.offline(tmp_path):
         done = subprocess.run(words, capture_output=True, text=True, timeout=110, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
