@@ -32,20 +32,13 @@ from examples.few_shot.settings import (
 from examples.few_shot.tasks.api import GROUPS, TASKS, task_names, task_type
 from examples.few_shot.templates.api import TEMPLATES
 from fairseq_lite.config.core import DistributedTrainingConfig
-from fairseq_lite.config.flags import add_flags
+from fairseq_lite.config.flags import Parser, add_flags
 from fairseq_lite.errors import ConfigError, FliteError
 from fairseq_lite.plugins import import_user_dir
 
 logger = logging.getLogger(__name__)
 
 plan_evaluations = plan
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are one line."""
-
-    def error(self, message: str) -> Any:
-        raise ConfigError(message)
 
 
 def get_argparser(tasks: Sequence[str] = (), templates: Sequence[str] = ()) -> Parser:
@@ -56,9 +49,7 @@ def get_argparser(tasks: Sequence[str] = (), templates: Sequence[str] = ()) -> P
         templates: likewise.
     """
     load_builtins()
-    parser = Parser(
-        prog="gpt3_eval", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
-    )
+    parser = Parser("gpt3_eval", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--model-name", metavar="NAME_OR_PATH",
         help="a name of model_configs.py, a checkpoint, a folder of them, or a Hugging Face model",
@@ -240,7 +231,7 @@ def prepare_rank() -> None:
 
     load_core()
     load_builtins()
-    _set_up_logging()
+    set_up_logging()
 
 
 def _without_model(work: _Work, options: EvaluationOptions) -> None:
@@ -257,6 +248,8 @@ def _with_model(work: _Work, world: Any) -> None:
     from examples.few_shot.evaluation import Evaluation
     from examples.few_shot.models.loading import load_model
 
+    if not world.is_main:  # the first says what all have to say
+        logging.getLogger().setLevel(logging.ERROR)
     # Data first: a missing file is told before minutes of loading.
     evaluations = [Evaluation(each, None, is_main=world.is_main) for each in work.planned]
     model = load_model(work.model_name, work.planned[0].options, world)
@@ -279,7 +272,8 @@ def _report(planned: PlannedEvaluation, found: dict[str, Any]) -> None:
     )
 
 
-def _set_up_logging() -> None:
+def set_up_logging() -> None:
+    """Let what happens be told on standard error."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
         datefmt="%Y-%m-%d %H:%M:%S", stream=sys.stderr,
@@ -298,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_name = values.pop("model_name", None)
     if model_name is None:
         raise ConfigError("--model-name is needed: a name of model_configs.py, or a path")
-    _set_up_logging()
+    set_up_logging()
     try:
         run_evaluations_from_model_name(model_name, **values)
     except FliteError:

@@ -15,11 +15,21 @@ import json
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from fairseq_lite.errors import ConfigError
 
 _UNSET: Any = object()
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises instead of exiting, and never guesses abbreviations."""
+
+    def __init__(self, prog: str | None = None, **options: Any) -> None:
+        super().__init__(prog=prog, **{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,29 +14,26 @@ import argparse
 import dataclasses
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NoReturn, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from fairseq_lite import __version__
 from fairseq_lite.config import core, serial
 from fairseq_lite.config.commands import COMMANDS, Command, Selector
 from fairseq_lite.config.fairseq_flags import COMING, FAIRSEQ_FLAGS, IDLE, NO_EFFECT, REFUSED
-from fairseq_lite.config.flags import add_flags, coerce, default_of, flag_names, info_of
+from fairseq_lite.config.flags import (
+    Parser,
+    add_flags,
+    coerce,
+    default_of,
+    flag_names,
+    info_of,
+)
 from fairseq_lite.config.idle import without_effect
 from fairseq_lite.errors import ConfigError
 from fairseq_lite.plugins import import_user_dir
 from fairseq_lite.registry import Entry, NoConfig, Registry, near
 
 logger = logging.getLogger(__name__)
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises instead of exiting, and never guesses abbreviations."""
-
-    def __init__(self, prog: str, **options: Any) -> None:
-        super().__init__(prog=prog, allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
 
 
 @runtime_checkable
@@ -91,7 +88,7 @@ def _with_suffix_joined(argv: Sequence[str]) -> list[str]:
 
 
 def _first_pass(command: Command, argv: list[str]) -> dict[str, Any]:
-    parser = _Parser(command.name, add_help=False)
+    parser = Parser(command.name, add_help=False)
     parser.add_argument("--user-dir")
     parser.add_argument("--config")
     args, _ = parser.parse_known_args(argv)
@@ -108,7 +105,7 @@ def _second_pass(
     yaml_values: Mapping[str, Any],
     registries: Mapping[str, Registry],
 ) -> list[_Chosen]:
-    parser = _Parser(command.name, add_help=False)
+    parser = Parser(command.name, add_help=False)
     for selector in command.selectors:
         parser.add_argument(selector.flag, *selector.aliases, dest=selector.section)
     args, _ = parser.parse_known_args(argv)
@@ -205,9 +202,9 @@ def _build(
 
 def _build_parser(
     command: Command, chosen: list[_Chosen], registries: Mapping[str, Registry]
-) -> tuple[_Parser, dict[str, str]]:
+) -> tuple[Parser, dict[str, str]]:
     """The strict parser, and dest -> flag of the flags that are known but own no field."""
-    parser = _Parser(
+    parser = Parser(
         command.name,
         description=command.about,
         epilog="Flags of other tasks, architectures, … show once they are chosen.",
@@ -244,7 +241,7 @@ def _selector_help(selector: Selector, registry: Registry) -> str:
     return f"{selector.help}: {shown}{default}".replace("%", "%%")
 
 
-def _add_inert(parser: _Parser, command: Command, owners: Mapping[str, str]) -> dict[str, str]:
+def _add_inert(parser: Parser, command: Command, owners: Mapping[str, str]) -> dict[str, str]:
     """Hidden options for fairseq's flags that no section or chosen entry owns."""
     idle = IDLE.get(command.fairseq_name, frozenset())
     inert: dict[str, str] = {}

@@ -15,29 +15,19 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from examples.few_shot import collecting, report, results
 from examples.few_shot.builtins import load_builtins
 from examples.few_shot.tasks.api import task_names
-from fairseq_lite.errors import ConfigError
+from fairseq_lite.config.flags import Parser
 from fairseq_lite_cli.entry import run_command
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are one line."""
-
-    def error(self, message: str) -> Any:
-        raise ConfigError(message)
 
 
 def get_argparser() -> Parser:
     """The flags."""
-    parser = Parser(
-        prog="collect_results", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
-    )
+    parser = Parser("collect_results", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("-i", "--input", nargs="+", required=True, metavar="DIR",
         help="folders of results (and one level down), patterns, or results files")  # fmt: skip

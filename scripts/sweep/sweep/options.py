@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from fairseq_lite.config import flags
 from fairseq_lite.errors import ConfigError
 from fairseq_lite.registry import near
 
@@ -28,8 +29,8 @@ _TIMES = (
 )
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line, and which guesses no abbreviations."""
+class Parser(flags.Parser):
+    """A parser whose complaints say where to look."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (--help lists all flags)")
@@ -40,7 +41,6 @@ def parser(description: str | None = None) -> Parser:
     new = Parser(
         prog=Path(sys.argv[0]).name,
         description=description,
-        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = new.add_argument_group("what to run").add_argument
