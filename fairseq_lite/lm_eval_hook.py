@@ -2,7 +2,7 @@
 
 The harness looks a model up by name in a registry of its own, and asks no other package for more
 of them. torch does ask: it ends its import with a call of every installed entry point in the group
-"torch.backends" (https://docs.pytorch.org/tutorials/unstable/python_extension_autoload.html). By
+"torch.backends" (https://docs.pytorch.org/docs/stable/accelerator/autoload.html). By
 then the `lm_eval` command, which imports torch, is loaded, and it has not looked for a model yet.
 """
 
