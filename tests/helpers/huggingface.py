@@ -63,14 +63,15 @@ def tiny_model(architecture: str = "llama", seed: int = 1) -> Any:
 
     name, sizes = ARCHITECTURES[architecture]
     config = getattr(transformers, name)(
-        vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, pad_token_id=0, **sizes
+        vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, pad_token_id=None, **sizes
     )
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(6)
+        for key, parameter in model.named_parameters():
+            # A state space's rates are exponents already.
+            if parameter.dim() > 1 and key.endswith("weight") and "dt_proj" not in key:
+                parameter.mul_(4)
     return model
 
 

@@ -66,6 +66,8 @@ def test_a_pretrained_model(tmp_path: Path) -> None:
     theirs = parity.theirs(tmp_path, names, model.model, model.tokenizer)
     found = parity.ours(tmp_path, names, model)
     assert_same(found, theirs)
-    # A model that has learned nothing would be as sure of either.
-    assert sum(each.accuracy for each in found.values()) > 0.6 * len(names)
+    # It has been pretrained, and read as it was.
+    (paris,) = model.encode(" Paris")
+    (ranked,) = model.rank([model.encode("The capital of France is")], [int(paris)], top=1)
+    assert (ranked.rank, ranked.top) == (1, (paris,))
     assert model.identity()["files"][0]["name"] == path.name

@@ -158,7 +158,7 @@ class CausalReader:
             following = logits[:, -1].log_softmax(-1)
         if not scores:
             return _Read(following, cache)
-        own = torch.cat(found, 1).cpu().numpy()
+        own = torch.cat(found, 1).float().cpu().numpy()
         before = (
             []
             if read.scores is None
@@ -234,7 +234,7 @@ class CausalReader:
             whole = torch.cat([torch.from_numpy(heads).to(self.device), tails[:, :-1]], 1)
             logits, _ = self._forward(whole, None, keep=width - 1)
         scores, greedy = _picked(logits[:, -(width - 1) :], tails[:, 1:])
-        return scores.cpu().numpy(), greedy.cpu().numpy()
+        return scores.float().cpu().numpy(), greedy.cpu().numpy()
 
     # -- the model --------------------------------------------------------------------------------
 
@@ -249,7 +249,8 @@ class CausalReader:
         if self._chooses:
             more["logits_to_keep"] = keep
         out = self.model(input_ids=ids, attention_mask=mask, **more)
-        return out.logits.float(), out.past_key_values if self.caches else None
+        logits = out.logits if out.logits.dtype == torch.float64 else out.logits.float()
+        return logits, out.past_key_values if self.caches else None
 
     @property
     def _vocabulary(self) -> int:

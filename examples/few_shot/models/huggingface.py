@@ -274,7 +274,7 @@ class HuggingFaceModel(Model):
     def _first(self) -> Any:
         """Log-probabilities (V,) of what texts may begin with."""
         (reading,) = self.reader.read([np.array([self.prefix], dtype=np.int64)])
-        return reading.following[0].cpu().numpy()
+        return reading.following[0].float().cpu().numpy()
 
     @torch.inference_mode()
     def rank(
