@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from fairseq_lite import hub
 from fairseq_lite.errors import ConfigError, DataError, MissingDependency
@@ -34,8 +35,6 @@ except ImportError:
         "lm-evaluation-harness is needed: pip install 'fairseq-lite[lm-eval]'"
     ) from None
 
-from tqdm import tqdm
-
 # Requests between two steps of the progress bar; what --use_cache has is whole up to the last one.
 _PORTION = 1024
 # Texts whose ids are kept: the options of a question have its context in common.
@@ -45,7 +44,7 @@ _TEXTS = 4096
 Request = tuple[tuple[str, str], list[int], list[int]]
 
 
-class FairseqLiteLM(TemplateLM):  # type: ignore[misc]  # a class of a package without types
+class FairseqLiteLM(TemplateLM):
     """A language model of ours, as the harness sees one.
 
     Args:

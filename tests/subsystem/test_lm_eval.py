@@ -313,6 +313,16 @@ def test_what_is_drawn_follows_the_seed(adapter):
     assert len(set(found[0][:3])) == 3  # repeats of a request are not the same output
 
 
+def test_outputs_of_a_search(adapter, model):
+    given = {"until": ["zzz"], "max_gen_toks": 6, "num_beams": 3}
+    asked = requests([("the old man", given)], "generate_until")
+    expected = model.complete([model.encode("the old man")], max_new_tokens=6, beam=3)
+    assert adapter.generate_until(asked, disable_tqdm=True) == expected
+    asked = requests([("a", {**given, "length_penalty": 2.0})], "generate_until")
+    with pytest.raises(ConfigError, match="length_penalty: not known"):
+        adapter.generate_until(asked, disable_tqdm=True)
+
+
 def test_answers_are_kept_as_they_come(adapter, tmp_path, monkeypatch):
     """`--use_cache`: what a run has found before it was interrupted is not asked again."""
     monkeypatch.setattr(lm_eval, "_PORTION", 2)
