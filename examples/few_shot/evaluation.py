@@ -6,6 +6,7 @@ appear whole or not at all, so whatever is interrupted goes on with the first tr
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import platform
@@ -162,6 +163,7 @@ class Evaluation:
             uniform=self.planned.options.uniform_sampling,
             leak=self.planned.options.allow_test_shots,
             keep_order=self.planned.options.no_shuffle_examples,
+            translated=self._translated,
         )
         drawn = [
             [shot.identity for shot in shots.of(question.parent)] if self.planned.k else []
@@ -180,6 +182,14 @@ class Evaluation:
         if self.is_main:
             results.write_predictions(path, rows)
         return rows, seconds
+
+    @functools.cached_property
+    def _translated(self) -> Mapping[str, frozenset[int]]:
+        """Shots that may be translations of questions: none unless they are of one set."""
+        planned = self.planned
+        if planned.train_set != planned.eval_set or planned.train_lang == planned.language:
+            return {}
+        return sampling.translations(self.samples, self.pool)
 
     def _there(
         self, path: Path, run: str, drawn: Sequence[Sequence[str]]

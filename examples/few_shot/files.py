@@ -103,7 +103,18 @@ def read_jsonl(path: Path) -> Iterator[Row]:
             raise DataError(f"{where}: is not JSON: {e.msg} at column {e.colno}") from None
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        if "\\ud" in line.lower() and _has_half_character(row):
+            raise DataError(f"{where}: has half a character, one \\ud… without its other")
         yield row, where
+
+
+def _has_half_character(row: dict[str, Any]) -> bool:
+    """Whether a text of a row cannot be written as UTF-8: escapes can stand for such."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def read_tsv(path: Path, fields: tuple[str, ...] | None = None) -> Iterator[Row]:

@@ -11,6 +11,11 @@ from typing import Any
 
 from fairseq_lite.errors import DataError
 
+# Fields that say which row a sample is, or its answer, and not what it asks.
+_NO_CONTENT = frozenset(
+    {"idx", "id", "uid", "UID", "guid", "pairID", "InputStoryid", "label", "gold"}
+)
+
 
 @dataclass(frozen=True)
 class FewShotSample:
@@ -32,6 +37,11 @@ class FewShotSample:
     where: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        for each in self.candidates:
+            if not isinstance(each, str):
+                raise DataError(
+                    f"{self.where or 'a sample'}: a candidate is {each!r}; expected a text"
+                )
         strange = [c for c in self.correct if self.candidates and c not in self.candidates]
         if strange:
             raise DataError(
@@ -53,6 +63,13 @@ class FewShotSample:
     def identity(self) -> str:
         """A digest of what it says: equal for the same example in two files."""
         text = json.dumps([self.data, self.candidates], sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @functools.cached_property
+    def content(self) -> str:
+        """A digest of what it asks: equal for copies under other numbers or with other answers."""
+        data = {name: value for name, value in self.data.items() if name not in _NO_CONTENT}
+        text = json.dumps([data, self.candidates], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def problems(self) -> tuple[FewShotSample, ...]:

@@ -1,8 +1,8 @@
 """Which samples are shots: a function of seed, trial and task, of nothing else.
 
 The pool is put in one random order; k shots are the first k of it, so those of a smaller k are
-among those of a larger one. The sample that is asked about is never among its own shots: where it
-would be, the next of the order takes its place.
+among those of a larger one. The sample that is asked about is never among its own shots, nor is a
+copy of it, nor its translation: where it would be, the next of the order takes its place.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -39,6 +39,7 @@ class Shots:
         leak: a sample may be its own shot.
         uniform: as many of each class.
         keep_order: shots stand in the order of the file.
+        translated: see `translations`.
     """
 
     pool: Sequence[FewShotSample]
@@ -47,22 +48,22 @@ class Shots:
     leak: bool = False
     uniform: bool = False
     keep_order: bool = False
+    translated: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
     def of(self, sample: FewShotSample) -> list[FewShotSample]:
         """The shots of a sample, in the order in which they stand in its prompt."""
-        free = [
-            i for i in self.ranked if self.leak or self.pool[i].identity != sample.identity
-        ] if self._has(sample) else self.ranked  # fmt: skip
+        free: Sequence[int] = self.ranked
+        if not self.leak:
+            own = self.translated.get(sample.identity, frozenset())
+            # The order has to be looked through for few samples.
+            if own or sample.content in self._contents:
+                free = [i for i in free if i not in own and self.pool[i].content != sample.content]
         taken = self._per_class(free) if self.uniform else list(free[: self.k])
         return [self.pool[i] for i in (sorted(taken) if self.keep_order else taken)]
 
-    def _has(self, sample: FewShotSample) -> bool:
-        """Whether the order has to be looked through for a sample."""
-        return not self.leak and sample.identity in self._identities
-
     @functools.cached_property
-    def _identities(self) -> frozenset[str]:
-        return frozenset(each.identity for each in self.pool)
+    def _contents(self) -> frozenset[str]:
+        return frozenset(each.content for each in self.pool)
 
     def _per_class(self, free: Sequence[int]) -> list[int]:
         """The first of each class in turn: classes alternate in the prompt."""
@@ -80,6 +81,34 @@ class Shots:
         return [classes[name][i] for i in range(each) for name in names]
 
 
+def translations(
+    asked: Sequence[FewShotSample], pool: Sequence[FewShotSample]
+) -> dict[str, frozenset[int]]:
+    """What of a set in one language may be a translation of questions of the set in another.
+
+    Sets in several languages have their samples at the same places, or in the same lines of their
+    files where rows without a translation are left out.
+
+    Args:
+        asked: the questions, from the first of their set on.
+        pool: the whole set in the other language.
+
+    Returns:
+        For the identity of each question the numbers in the pool.
+    """
+    by_line: dict[str, list[int]] = {}
+    for number, each in enumerate(pool):
+        by_line.setdefault(_line(each), []).append(number)
+    return {
+        sample.identity: frozenset([place, *by_line.get(_line(sample), ())])
+        for place, sample in enumerate(asked)
+    }
+
+
+def _line(sample: FewShotSample) -> str:
+    return sample.where.rpartition(":")[2]
+
+
 def draw(
     pool: Sequence[FewShotSample],
     k: int,
@@ -90,6 +119,7 @@ def draw(
     uniform: bool = False,
     leak: bool = False,
     keep_order: bool = False,
+    translated: Mapping[str, frozenset[int]] | None = None,
 ) -> Shots:
     """The shots of a trial.
 
@@ -102,6 +132,7 @@ def draw(
         uniform: as many of each class, `--uniform-sampling`.
         leak: a sample may be its own shot, `--allow-test-shots`.
         keep_order: shots stand in the order of the file, `--no-shuffle-examples`.
+        translated: see `translations`, where pool and questions are one set in two languages.
 
     Raises:
         ConfigError: `uniform` for samples without one class, or k is no multiple of their number.
@@ -126,4 +157,5 @@ def draw(
         leak,
         uniform and k > 0,
         keep_order,
+        translated or {},
     )

@@ -299,3 +299,44 @@ def test_questions_without_a_known_answer_are_not_counted(data: Path) -> None:
     found = evaluate(one)
     assert found["accuracy"]["mean"] == 100.0
     assert found["questions_cnt"] == 4
+
+
+def test_shots_in_another_language_are_no_translations_of_the_question(tmp_path: Path) -> None:
+    for language in ("it", "zh"):
+        folder = tmp_path / "xcopa" / language
+        folder.mkdir(parents=True)
+        text = "".join(
+            json.dumps({**row, "premise": f"{language} {i}."}) + "\n"
+            for i, row in enumerate(rows(6))
+        )
+        (folder / f"val.{language}.jsonl").write_text(text, encoding="utf-8")
+    (found,) = gpt3_eval.run_evaluations_from_model_name(
+        "m", tasks="xcopa", xcopa_languages="it", xcopa_train_lang="zh", predictor_name="dummy",
+        nb_few_shot_samples_values=[5], num_trials=2, data_dir=str(tmp_path),
+        results_dir=str(tmp_path / "out"), add_prompt_to_meta=True,
+    )  # fmt: skip
+    for name in found["predictions"]:
+        for line in results.read_rows(tmp_path / "out" / name):
+            prompt = line["candidates"][0][1]["meta"]["prompt"]
+            assert f"it {line['idx']}" in prompt
+            assert prompt.count("zh ") == 5
+            assert f"zh {line['idx']}" not in prompt
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"premise": "A <mask>."}, "<mask>"), ({"choice2": None}, "candidate"),
+     ({"choice2": 5}, "candidate"), ({"premise": "\ud800x"}, "half a character")],
+)  # fmt: skip
+def test_a_row_that_cannot_be_asked_is_named(data: Path, change: dict[str, Any], said: str) -> None:
+    path = data / "COPA" / "val.jsonl"
+    path.write_text(json.dumps({**rows(1)[0], **change}) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=rf"val.jsonl:1: .*{said}"):
+        evaluate(planned(data, nb_few_shot_samples_values=[0]))
+
+
+def test_characters_beyond_sixteen_bits_may_be_written_as_escapes(data: Path) -> None:
+    path = data / "COPA" / "val.jsonl"
+    path.write_text(json.dumps({**rows(1)[0], "premise": "\U0001f600."}) + "\n", encoding="utf-8")
+    assert "\\ud83d" in path.read_text(encoding="utf-8")
+    assert evaluate(planned(data, nb_few_shot_samples_values=[0]))["questions_cnt"] == 1

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from examples.few_shot.samples import FewShotSample, choice
-from examples.few_shot.sampling import draw, order
+from examples.few_shot.sampling import draw, order, translations
 from fairseq_lite.errors import ConfigError
 
 
@@ -64,6 +64,26 @@ def test_a_copy_of_the_sample_counts_as_the_sample() -> None:
     pool = pool_of(5)
     copy = choice(dict(pool[2].data), pool[2].candidates, 0)
     assert pool[2] not in draw(pool, 5, seed=0, trial=0, task="t").of(copy)
+
+
+def test_a_copy_under_another_number_or_with_another_answer_counts_as_the_sample() -> None:
+    pool = [choice({"text": f"text {i}", "idx": i, "label": 0}, ["a", "b"], 0) for i in range(5)]
+    copy = choice({"text": "text 2", "idx": 77, "label": 1}, ["a", "b"], 1)
+    found = draw(pool, 5, seed=0, trial=0, task="t").of(copy)
+    assert sorted(each["idx"] for each in found) == [0, 1, 3, 4]
+
+
+@pytest.mark.parametrize("missing", [0, 2])
+def test_the_translation_of_a_sample_is_not_among_its_shots(missing: int) -> None:
+    german = [choice({"text": f"Satz {i}"}, ["a", "b"], 0, f"de:{i + 1}") for i in range(6)]
+    english = [choice({"text": f"text {i}"}, ["a", "b"], 0, f"en:{i + 1}") for i in range(6)]
+    del english[missing]  # a row that was not translated
+    own = translations(german[:4], english)
+    for number, sample in enumerate(german[:4]):
+        found = draw(english, 6, seed=0, trial=0, task="t", translated=own).of(sample)
+        assert f"text {number}" not in {each["text"] for each in found}
+        leaking = draw(english, 6, seed=0, trial=0, task="t", translated=own, leak=True)
+        assert len(leaking.of(sample)) == 5
 
 
 def test_a_sample_may_be_its_own_shot_where_that_is_asked_for() -> None:

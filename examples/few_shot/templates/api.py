@@ -24,6 +24,9 @@ TEMPLATES = Registry("template", "--TASK-template")
 MASK = "<mask>"
 
 
+NO_CONFIG = NoConfig()
+
+
 class FewShotTemplate(ABC):
     """From samples to prompts and back.
 
@@ -39,7 +42,7 @@ class FewShotTemplate(ABC):
     task_description: ClassVar[str] = ""
 
     def __init__(
-        self, cfg: Any = NoConfig(), *, sep: str = " ", language: str | None = None
+        self, cfg: Any = NO_CONFIG, *, sep: str = " ", language: str | None = None
     ) -> None:
         self.cfg = cfg
         self.sep = sep
@@ -75,9 +78,17 @@ class FewShotTemplate(ABC):
         return before + self.verbalize(sample, candidate) + after
 
     def split(self, sample: FewShotSample) -> tuple[str, str]:
-        """The prompt in front of the mask and behind it."""
+        """The prompt in front of the mask and behind it.
+
+        Raises:
+            DataError: there is no mask, or the sample's own text has one.
+        """
         before, mask, after = self.encode(sample).partition(MASK)
-        assert mask and MASK not in after, f"{type(self).__name__} must give one {MASK}"
+        if not mask or MASK in after:
+            raise DataError(
+                f"{sample.where or 'a sample'}: {type(self).__name__} must give one {MASK}, found"
+                f" {after.count(MASK) + len(mask) // len(MASK)}; a row may not have it in its text"
+            )
         return before, after
 
     def lines(self, *fields: tuple[str, str]) -> str:
