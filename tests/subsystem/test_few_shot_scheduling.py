@@ -299,7 +299,8 @@ def waiting(out: Path, data: Path, plugin: Path) -> Iterator[tuple[Any, Process]
     script = start(out, data, plugin, "waiting", "--local")
     reached = out / "reached"
     try:
-        pid = until(lambda: reached.exists() and reached.read_text())
+        pid = until(lambda: script.poll() is not None or (reached.exists() and reached.read_text()))
+        assert script.poll() is None, ended(script, out)
         yield script, Process.of(int(pid))
     finally:
         if script.poll() is None:
@@ -359,6 +360,7 @@ def test_a_process_that_dies_or_has_a_bug_fails_its_job_alone(
 
 
 def test_submitits_debug_executor_runs_jobs_in_this_process(data: Path, tmp_path: Path):
+    pytest.importorskip("submitit")
     infos = schedule(
         "-t", "copa", "rte", "-m", "random", "-o", tmp_path, "--data-dir", data,
         "--slurm-executor", "debug",
@@ -372,6 +374,7 @@ def test_submitits_debug_executor_runs_jobs_in_this_process(data: Path, tmp_path
 def test_submitits_local_executor_runs_jobs_that_are_submitted_once(
     data: Path, plugin: Path, tmp_path: Path
 ):
+    pytest.importorskip("submitit")
     words = ["waiting", "--slurm-executor", "local", "--slurm-gpus-per-node", "0"]
     try:
         said = ended(start(tmp_path, data, plugin, *words), tmp_path)
@@ -390,6 +393,7 @@ def test_submitits_local_executor_runs_jobs_that_are_submitted_once(
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """sbatch, srun and squeue: the first keeps its script, the last knows the jobs in a file."""
+    pytest.importorskip("submitit")
     folder = tmp_path / "cluster"
     folder.mkdir()
     scripts = {
@@ -455,6 +459,7 @@ def test_what_slurm_does_not_take_is_a_failed_job(data: Path, tmp_path: Path, cl
 def test_without_slurm_the_flag_that_helps_is_named(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="no Slurm: add --local"):
         schedule("-t", "copa", "-m", "random", "-o", tmp_path / "out", "--data-dir", data)

@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from examples.few_shot import results
-from examples.few_shot.scheduling import submissions
+from examples.few_shot.scheduling import slurm, submissions
 from examples.few_shot.scheduling.arguments import get_argparser
 from examples.few_shot.scheduling.machine import Machine, share
 from examples.few_shot.scheduling.plan import Job, Levels, plan_jobs
@@ -21,7 +22,7 @@ from examples.few_shot.scheduling.settings import ModelSettings, TaskSettings
 from examples.few_shot.scheduling.slurm import Needs, needs
 from examples.few_shot.scheduling.status import look
 from examples.few_shot.scheduling.submissions import SLURM, Submission
-from examples.few_shot.scheduling.worker import order_of
+from examples.few_shot.scheduling.worker import Order, order_of
 from examples.few_shot.settings import PlannedEvaluation
 from fairseq_lite.errors import ConfigError, DataError
 from fairseq_lite_cli.alive import Process, slurm_jobs_alive
@@ -133,7 +134,7 @@ def test_nobody_knows_of_another_machines_process():
 
 
 @pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A squeue that knows the jobs in a file, and says so as Slurm does when it knows none."""
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -149,20 +150,20 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return known
 
 
-def test_slurm_is_asked_once_for_all_jobs_element_by_element(slurm: Path):
-    slurm.write_text("4711_0\n4712\n")
+def test_slurm_is_asked_once_for_all_jobs_element_by_element(squeue: Path):
+    squeue.write_text("4711_0\n4712\n")
     assert slurm_jobs_alive(["4711_0", "4711_1", "4712", "4713"]) == {"4711_0", "4712"}
-    calls = (slurm.parent / "calls").read_text().splitlines()
+    calls = (squeue.parent / "calls").read_text().splitlines()
     assert len(calls) == 1 and "--array" in calls[0] and "4711_0,4711_1,4712,4713" in calls[0]
     assert slurm_jobs_alive([]) == set()
 
 
-def test_slurm_forgets_jobs_that_have_ended(slurm: Path):
+def test_slurm_forgets_jobs_that_have_ended(squeue: Path):
     assert slurm_jobs_alive(["4711_0"]) == set()
 
 
 def test_where_slurm_cannot_be_asked_jobs_count_as_alive(
-    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    squeue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     by = Submission("a", SLURM, _dead(), "4711_0")
     assert not submissions.living([by]) and submissions.can_tell(by)
@@ -267,6 +268,68 @@ def test_needs_in_submitits_words():
     none = Needs(gpus_per_node=0, mail_type="FAIL").parameters("a")
     assert none["slurm_mem"] is None and none["slurm_mail_type"] is None
     assert none["gpus_per_node"] is None
+
+
+@pytest.fixture
+def debug(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a job of submitit's, in this process."""
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("SUBMITIT_DEBUG_JOB_ID", "DEBUG_1")
+
+
+@pytest.mark.usefixtures("debug")
+def test_a_job_says_that_it_works_on_its_evaluations_while_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    job = _job(tmp_path)
+    seen = []
+
+    def execute(order: Order, ranks: int) -> list[str]:
+        seen.extend(submissions.read(each) for each in job.evaluations)
+        return ["one mistake", "another"] if len(seen) > 2 else []
+
+    monkeypatch.setattr(slurm, "execute", execute)
+    remote = slurm.RemoteJob(order_of(job, job.evaluations))
+    assert remote() == "2 evaluations"
+    assert [each.process for each in seen if each] == [Process.of(os.getpid())] * 2
+    with pytest.raises(RuntimeError, match="one mistake\nanother"):
+        remote()
+    assert not any(submissions.marker(each).exists() for each in job.evaluations)
+
+
+@pytest.mark.usefixtures("debug")
+def test_a_job_whose_time_is_over_goes_back_with_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    job = _job(tmp_path)
+    none, two = job.evaluations
+    _finish(two)  # of an earlier run, which --override-completed makes anew
+    back = []
+
+    def execute(order: Order, ranks: int) -> list[str]:
+        _finish(none)
+        back.append(remote.checkpoint())
+        raise SystemExit(255)  # as submitit does then
+
+    monkeypatch.setattr(slurm, "execute", execute)
+    remote = slurm.RemoteJob(order_of(job, job.evaluations, override=True))
+    with pytest.raises(SystemExit):
+        remote()
+    assert back[0].function.order.only == (str(two.results_file),)
+    assert all(submissions.marker(each).exists() for each in job.evaluations)
+
+
+def test_tasks_of_submitits_local_executor_meet(monkeypatch: pytest.MonkeyPatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    env = SimpleNamespace(cluster="local", num_tasks=3, global_rank=2, local_rank=2, job_id="41234")
+    with slurm.meeting_point(env):
+        found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+        assert found == {"RANK": "2", "WORLD_SIZE": "3", "MASTER_PORT": str(10000 + 1234)}
+    assert "RANK" not in os.environ
+    for other in ({"cluster": "slurm"}, {"num_tasks": 1}):
+        with slurm.meeting_point(SimpleNamespace(**{**vars(env), **other})):
+            assert "RANK" not in os.environ
 
 
 # -- orders and lines

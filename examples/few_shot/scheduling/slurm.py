@@ -138,7 +138,7 @@ class RemoteJob:
                 submissions.record(each, by)
         self._before = {str(each.results_file): _made(each) for each in planned}
         try:
-            with _meeting_point(env):
+            with meeting_point(env):
                 errors = execute(order, ranks=env.num_tasks)
         finally:
             if first and not self._goes_back:
@@ -180,7 +180,7 @@ def _on_slurm(name: str, job_id: str, folder: str = "") -> Submission:
 
 
 @contextlib.contextmanager
-def _meeting_point(env: Any) -> Iterator[None]:
+def meeting_point(env: Any) -> Iterator[None]:
     """Let the tasks of submitit's local executor find each other; Slurm's do by themselves."""
     if env.cluster != "local" or env.num_tasks == 1:
         yield
