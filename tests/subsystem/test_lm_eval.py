@@ -88,6 +88,7 @@ def adapter(run):
 def opt(run, model) -> dict:
     """Arguments of the harness's `hf` for the same model as transformers has it."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="the harness's own adapter needs accelerate")
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     (ours,) = model.models

@@ -215,6 +215,7 @@ def test_prompts_of_the_evaluator_score_alike(checkpoint, adapter, tmp_path):
 def test_transformers_scores_them_alike(lines, tmp_path):
     """A model of transformers: our predictor, and the harness's own adapter."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="the harness's own adapter needs accelerate")
     torch.manual_seed(1)
     sizes = {"n_positions": 512, "n_embd": 16, "n_layer": 2, "n_head": 2}
     tokens = ByteLevelBPETokenizer()
