@@ -80,7 +80,7 @@ class DummyModel(Model):
         found = []
         for context, token in zip(contexts, wanted, strict=True):
             one = {t: float(self._log_probs(np.append(context, t))[-1]) for t in {*known, token}}
-            best = sorted(known, key=lambda t, s=one: (-s[t], t))
+            best = [t for _, t in sorted((-one[t], t) for t in known)]
             better = sum(s > one[token] for t, s in one.items() if t != token)
             found.append(Ranked(better + 1, one[token], tuple(best[:top])))
         return found

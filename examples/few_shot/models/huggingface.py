@@ -187,7 +187,7 @@ class HuggingFaceModel(Model):
             bos_token_id=model.generation_config.bos_token_id,
         )
         identity = world.broadcast_object(identity_of(source.files) if world.is_main else None)
-        model = model.to(world.device).eval()
+        model = torch.nn.Module.to(model, world.device).eval()
         return cls(model, tokenizer, world=world, limits=limits, identity=identity)
 
     # -- tokens -----------------------------------------------------------------------------------
