@@ -155,6 +155,9 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"{flag} is about experts: add --epg N, the experts a GPU")
     if args.dict_size is not None and args.data is not None:
         raise ConfigError("--dict-size is of random tokens, and -d gives others: leave one out")
+    for flag, number in (("--dict-size", args.dict_size), ("--nh", args.nh)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{flag} {number}: expected 1 or more")
     if args.embed_dim % (args.nh or 1):
         raise ConfigError(f"--nh {args.nh}: does not divide --embed-dim {args.embed_dim}")
 

@@ -115,9 +115,11 @@ def update_freq(flag: str, total: int, *, batch: int, num_gpus: int, unit: str) 
         unit: what is counted.
 
     Raises:
-        ConfigError: they do not divide; with the nearest that do.
+        ConfigError: they do not divide; with the nearest that do. Or a batch is empty.
     """
     step = batch * num_gpus
+    if step < 1:
+        raise ConfigError(f"batches of {batch} {unit}: expected 1 or more; see --bs and --tps")
     if total % step == 0 and total > 0:
         return total // step
     below, above = total // step * step, (total // step + 1) * step

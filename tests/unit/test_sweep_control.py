@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fairseq_lite.errors import ConfigError
+from fairseq_lite.errors import ConfigError, DataError
 from tests.helpers.sweeps import control, grid, hyperparam, results, state
 
 State = state.State
@@ -219,6 +219,27 @@ def test_a_sweep_that_was_killed_goes_on(sweep):
     printed = sweep()
     assert sum("starts where it was interrupted" in line for line in printed) == 1
     assert sweep.starts() == {1: 1, 2: 1, 3: 1}
+
+
+def test_steps_follow_though_the_sweep_was_killed_before(sweep):
+    (sweep.out / "x").mkdir(parents=True)
+    (sweep.out / "mended").touch()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            sweep("--post-steps", "kill -9 $PPID")
+        finally:
+            os._exit(0)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    assert sum(sweep.starts().values()) == 1, "the first run has trained"
+    sweep("--post-steps", "touch {job_dir}/after")
+    assert all((sweep.folder(lr) / "after").exists() for lr in (1, 2, 3))
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_one_line(sweep):
+    sweep.out.write_text("a file")
+    with pytest.raises(DataError, match="--checkpoints-dir: cannot write to .*: Not a directory"):
+        sweep()
 
 
 @pytest.mark.parametrize(("name", "status"), [("TERM", 143), ("HUP", 129)])

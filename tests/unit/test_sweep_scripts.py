@@ -170,6 +170,8 @@ def test_optimizers_that_look_at_whole_matrices(words):
         ("--ebs 100 --bs 4", "--ebs 100: 8 .* take 32 blocks at a time; choose 96 or 128"),
         ("--bs 128", "--ebs 512: 8 .* take 1024 blocks at a time; choose 1024,"),
         ("--dict-size 9", "--dict-size is of random tokens"),
+        ("--bs 0", "batches of 0 blocks: expected 1 or more; see --bs"),
+        ("--nh 0", "--nh 0: expected 1 or more"),
         ("--nh 5", "--nh 5: does not divide --embed-dim 768"),
     ],
 )

@@ -86,6 +86,11 @@ def test_a_run_that_outlived_its_sweep_and_finished(tmp_path):
     assert state.state_of(tmp_path)[0] is State.FINISHED
 
 
+def test_steps_that_nobody_executed_are_not_forgotten(tmp_path):
+    write(tmp_path, running(began="?", steps=1), log=f"{state.ATTEMPT}1\n{ENDED}\n")
+    assert state.state_of(tmp_path)[0] is State.INTERRUPTED
+
+
 def test_a_run_that_was_asked_to_end_has_not_finished(tmp_path):
     write(tmp_path, running(began="?"), log=f"{ASKED}\n{ENDED}\n")
     assert state.state_of(tmp_path)[0] is State.INTERRUPTED

@@ -280,6 +280,7 @@ def claimed(run: Run, before: Record | None, new: State, job: str | None = None)
         attempt=number,
         job=job,
         seconds=0.0 if before is None else before.seconds,
+        steps=len(run.post_steps),
         command=run.command,
         version=version(),
         **state.this_process(),

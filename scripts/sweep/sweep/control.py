@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fairseq_lite.builtins import load_builtins
 from fairseq_lite.config.parse import parse
-from fairseq_lite.errors import ConfigError
+from fairseq_lite.errors import ConfigError, DataError
 
 from . import results, slurm, state
 from .attempt import Attempt, claimed, snapshot
@@ -177,8 +177,7 @@ def _each(
     """Claim, start and tell, one run after another."""
     for number, run in enumerate(runs, 1):
         head = f"[{number}/{len(runs)}] {run.name}"
-        run.save_dir.mkdir(parents=True, exist_ok=True)
-        with state.locked(run.save_dir):
+        with _alone_in(run.save_dir):
             how_far, before = state.state_of(run.save_dir)
             now = _plan(args, how_far, before)
             record = None
@@ -200,6 +199,21 @@ def _each(
         except Exception:
             state.take_back(run.save_dir, record, before)
             raise
+
+
+@contextlib.contextmanager
+def _alone_in(save_dir: Path) -> Iterator[None]:
+    """Make a run's folder, and lock it for the moment in which the run is claimed.
+
+    Raises:
+        DataError: it cannot be made, or written to.
+    """
+    try:
+        save_dir.mkdir(parents=True, exist_ok=True)
+        with state.locked(save_dir):
+            yield
+    except OSError as e:
+        raise DataError(f"--checkpoints-dir: cannot write to {save_dir}: {e.strerror}") from e
 
 
 def _execute(args: argparse.Namespace, run: Run, record: Record) -> str:

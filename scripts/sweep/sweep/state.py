@@ -63,6 +63,7 @@ class Record:
         seconds: of all attempts together.
         exit_code: of the command; negative: the signal that ended it.
         error: why it failed.
+        steps: of --post-steps, which follow the training.
         command: what was executed.
         version: of the code.
     """
@@ -78,6 +79,7 @@ class Record:
     seconds: float = 0.0
     exit_code: int | None = None
     error: str = ""
+    steps: int = 0
     command: tuple[str, ...] = ()
     version: str = ""
 
@@ -157,8 +159,10 @@ def state_of(
         return record.state, record
     if (alive or is_alive)(record):
         return record.state, record
-    # Nobody was there to write how it ended: the sweep was killed, and the run perhaps was not.
-    if record.state is State.RUNNING and log is not None and _ended_well(log):
+    # Nobody was there to write how it ended: the sweep was killed, and the run perhaps was not. Its
+    # further steps did not follow then, or nobody heard how they ended.
+    alone = record.state is State.RUNNING and not record.steps
+    if alone and log is not None and _ended_well(log):
         return State.FINISHED, record
     return State.INTERRUPTED, record
 
