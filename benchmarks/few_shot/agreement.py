@@ -1,6 +1,6 @@
 """The same model on the same prompts: our evaluator beside lm-evaluation-harness.
 
-    pip install 'fairseq-lite[lm-eval,huggingface]'
+    pip install 'fairseq-lite[lm-eval,huggingface]' accelerate
     python -m benchmarks.few_shot.agreement --model-name SmolLM2-135M-Instruct.Q4_1.gguf \
         --tasks copa piqa hellaswag arceasy winogrande blimp --arceasy-eval-set test --n 400 \
         --data-dir DATA --out benchmarks/results/few-shot-agreement.json

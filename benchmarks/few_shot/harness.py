@@ -1,6 +1,6 @@
 """lm-evaluation-harness on rows of our own, without a network.
 
-pip install 'fairseq-lite[lm-eval,huggingface]'
+pip install 'fairseq-lite[lm-eval,huggingface]' accelerate
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Scored candidates a second: our evaluator, and lm-evaluation-harness with a Hugging Face model.
 
-    pip install 'fairseq-lite[lm-eval,huggingface]'
+    pip install 'fairseq-lite[lm-eval,huggingface]' accelerate
     python -m benchmarks.few_shot.run --data-dir DATA --threads 1 --clock cpu \
         --out benchmarks/results/few-shot.json
 

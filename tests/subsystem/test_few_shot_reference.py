@@ -17,6 +17,7 @@ from tests.helpers.huggingface import tiny_model, tokenizer
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[lm-eval]'")
 pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("accelerate", reason="the harness's own models need accelerate")
 
 from examples.few_shot.models.huggingface import HuggingFaceModel
 
