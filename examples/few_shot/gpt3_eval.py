@@ -18,14 +18,11 @@ from typing import Any
 
 from examples.few_shot import results
 from examples.few_shot.builtins import load_builtins
+from examples.few_shot.options import DEFAULT_SHOTS, TASK_FLAGS, EvaluationOptions, flag_of
 from examples.few_shot.predictors.api import predictor_type
 from examples.few_shot.settings import (
-    DEFAULT_SHOTS,
-    TASK_FLAGS,
-    EvaluationOptions,
     PlannedEvaluation,
     as_names,
-    flag_of,
     plan,
     template_entry,
 )
@@ -37,8 +34,6 @@ from fairseq_lite.errors import ConfigError, FliteError
 from fairseq_lite.plugins import import_user_dir
 
 logger = logging.getLogger(__name__)
-
-plan_evaluations = plan
 
 
 def get_argparser(tasks: Sequence[str] = (), templates: Sequence[str] = ()) -> Parser:

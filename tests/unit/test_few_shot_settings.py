@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from examples.few_shot import gpt3_eval
-from examples.few_shot.settings import EvaluationOptions, plan
+from examples.few_shot.options import EvaluationOptions
+from examples.few_shot.settings import plan
 from fairseq_lite.errors import ConfigError
 
 
@@ -130,6 +131,7 @@ def test_a_set_is_the_task_s_own_or_that_for_all() -> None:
         ({"calibrator_name": "average_option"}, "copa needs --copa-calibration-options"),
         ({"copa_calibration_options": ["premise::"]}, "say --calibrator-name average_option"),
         ({"copa_valid_set": "val"}, "only --predictor-name majorityclass reads it"),
+        ({"tasks": "xcopa", "xcopa_valid_lang": "it"}, "say --xcopa-valid-set SET_OR_FILE, too"),
         ({"compute_vocab_dist": True}, "copa ranks no word of the vocabulary"),
         ({"predictor_name": "oracle"}, "--predictor-name oracle: unknown predictor"),
         ({"n_eval_samples": 2.5}, "n_eval_samples = 2.5: expected a whole number"),

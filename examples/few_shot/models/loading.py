@@ -7,7 +7,7 @@ from pathlib import Path
 from examples.few_shot import model_configs
 from examples.few_shot.model_configs import HUGGING_FACE, NONE, ModelConfig
 from examples.few_shot.models.api import Model
-from examples.few_shot.settings import EvaluationOptions
+from examples.few_shot.options import EvaluationOptions
 from fairseq_lite.errors import CheckpointError, ConfigError, FliteError
 from fairseq_lite.parallel.world import World
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -135,10 +134,6 @@ class Predictor(ABC):
     @abstractmethod
     def predict(self, trial: Trial) -> list[Prediction]:
         """Answer the questions of a trial, in their order."""
-
-    def with_options(self, **changed: Any) -> Predictor:
-        """The same predictor with other options."""
-        return type(self)(self.model, dataclasses.replace(self.options, **changed))
 
 
 def predictor_type(name: str) -> type[Predictor]:

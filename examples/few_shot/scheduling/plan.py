@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.few_shot.builtins import load_builtins
+from examples.few_shot.options import DEFAULT_SHOTS, EvaluationOptions, flag_owner
 from examples.few_shot.scheduling.precedence import (
     COMMAND_LINE,
     DEFAULT,
@@ -24,11 +25,8 @@ from examples.few_shot.scheduling.precedence import (
 )
 from examples.few_shot.scheduling.settings import ModelSettings, TaskSettings
 from examples.few_shot.settings import (
-    DEFAULT_SHOTS,
-    EvaluationOptions,
     PlannedEvaluation,
     as_names,
-    flag_owner,
     plan,
     safe,
     template_entry,

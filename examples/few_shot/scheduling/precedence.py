@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from examples.few_shot.settings import flag_owner
+from examples.few_shot.options import flag_owner
 
 Values = Mapping[str, Any]
 

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from examples.few_shot import results
+from examples.few_shot.options import default_options
 from examples.few_shot.scheduling import slurm, submissions
 from examples.few_shot.scheduling.arguments import SLURM_FLAGS, checked, typed_of
 from examples.few_shot.scheduling.local import Pool
@@ -31,7 +32,7 @@ from examples.few_shot.scheduling.settings import (
 from examples.few_shot.scheduling.status import Status, look
 from examples.few_shot.scheduling.submissions import Submission
 from examples.few_shot.scheduling.worker import Order, order_of
-from examples.few_shot.settings import PlannedEvaluation, default_options
+from examples.few_shot.settings import PlannedEvaluation
 from fairseq_lite.errors import DataError, FliteError
 from fairseq_lite.plugins import import_user_dir
 from fairseq_lite_cli.entry import run_command

@@ -21,7 +21,6 @@ RunArgs = Mapping[str, Any]
 Groups = Mapping[str, Sequence[str]]
 
 COMBINE = "combine_tasks"
-ALL = "all"
 # What the scheduler itself says to the evaluator.
 RESERVED = {
     "model_name": "a model setting's first field is the model",

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from examples.few_shot import results
+from examples.few_shot.options import EvaluationOptions
 from examples.few_shot.predictors.api import predictor_type
 from examples.few_shot.scheduling.plan import Job
-from examples.few_shot.settings import EvaluationOptions, PlannedEvaluation, plan
+from examples.few_shot.settings import PlannedEvaluation, plan
 from fairseq_lite.errors import FliteError
 from fairseq_lite.plugins import import_user_dir
 

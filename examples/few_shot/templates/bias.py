@@ -24,9 +24,7 @@ class CrowSPairsPromptTemplate(CrowSPairsTemplate):
 
     def encode(self, sample: FewShotSample) -> str:
         if sample["prompt"] is None:
-            raise DataError(
-                f"{sample.where}: needs prompts.csv beside its file"
-            )
+            raise DataError(f"{sample.where}: needs prompts.csv beside its file")
         return " ".join(filter(None, [sample["prompt"], MASK]))
 
 
