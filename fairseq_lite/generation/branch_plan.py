@@ -91,13 +91,13 @@ def collect(
     """Units in the order of their contexts, and the places of each request's results."""
     found: dict[bytes, list[int]] = {}
     for number, request in enumerate(requests):
-        found.setdefault(_key(request.context), []).append(number)
+        found.setdefault(sort_key(request.context), []).append(number)
     units: list[Unit] = []
     places: dict[int, Places] = {}
     first = 0
     for key in sorted(found):
         numbers = found[key]
-        distinct = {_key(c): c for i in numbers for c in requests[i].continuations}
+        distinct = {sort_key(c): c for i in numbers for c in requests[i].continuations}
         ordered = sorted(distinct)
         context = np.asarray(requests[numbers[0]].context, dtype=np.int64)
         unit = Unit(
@@ -115,17 +115,17 @@ def collect(
             where[k] = slice(at, at + len(continuation))
             at += len(continuation)
         for i in numbers:
-            places[i] = Places(own, tuple(where[_key(c)] for c in requests[i].continuations))
+            places[i] = Places(own, tuple(where[sort_key(c)] for c in requests[i].continuations))
         first = at
     return units, [places[i] for i in range(len(requests))]
 
 
-def _key(ids: Ids) -> bytes:
+def sort_key(ids: Ids) -> bytes:
     """Bytes that sort as the ids do."""
     return np.asarray(ids).astype(">i4").tobytes()
 
 
-def _shared(a: Ids, b: Ids) -> int:
+def shared_length(a: Ids, b: Ids) -> int:
     """How many tokens both begin with."""
     n = min(len(a), len(b))
     differing = np.flatnonzero(a[:n] != b[:n])
@@ -172,7 +172,7 @@ def grow(continuations: Sequence[Ids]) -> Tree:
     count, before, path = 0, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     for continuation in continuations:
         read = continuation[:-1]
-        old = _shared(before, read)
+        old = shared_length(before, read)
         new = len(read) - old
         tokens.append(read[old:])
         depths.append(np.arange(old, len(read)))
@@ -246,7 +246,8 @@ def _parts(continuations: Sequence[Ids], tree_tokens: int) -> Iterator[Sequence[
     first, size = 0, 0
     for i, continuation in enumerate(continuations):
         read = len(continuation[:-1])
-        new = read - _shared(continuations[i - 1][:-1], continuation[:-1]) if i > first else read
+        before = continuations[i - 1] if i > first else continuation[:0]
+        new = read - shared_length(before[:-1], continuation[:-1])
         if i > first and size + new > tree_tokens:
             yield continuations[first:i]
             first, size, new = i, 0, read
@@ -365,7 +366,7 @@ def _families(rows: Sequence[Row]) -> Iterator[_Family]:
 
     They are the intervals of their longest common prefixes (Abouelhoda et al. 2004, section 2.2).
     """
-    depths = [_shared(a.prefix, b.prefix) for a, b in pairwise(rows)]
+    depths = [shared_length(a.prefix, b.prefix) for a, b in pairwise(rows)]
     around: list[tuple[int, int]] = [(0, 0)]
     for last, depth in enumerate([*depths, 0], start=1):
         first = last - 1
@@ -407,7 +408,7 @@ def shares(units: Sequence[Unit], size: int) -> list[Share]:
     each unit does not share with the one before it.
     """
     whole = np.array([len(u.prefix) + u.results - u.in_context for u in units], dtype=np.int64)
-    saved = [_shared(a.prefix, b.prefix) for a, b in pairwise(units)]
+    saved = [shared_length(a.prefix, b.prefix) for a, b in pairwise(units)]
     upto = np.cumsum(whole - np.array([0, *saved], dtype=np.int64)[: len(units)])
 
     def divided(limit: int) -> list[Share]:

@@ -30,8 +30,8 @@ from examples.few_shot.models.api import (
 )
 from examples.few_shot.models.causal import CausalReader, Limits
 from examples.few_shot.models.fingerprint import identity_of
-from examples.few_shot.models.stems import sort_key
 from fairseq_lite.errors import CheckpointError, ConfigError, MissingDependency
+from fairseq_lite.generation.branch_plan import sort_key
 from fairseq_lite.parallel.world import SingleWorld, World
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
-
 from examples.few_shot.models.api import Ids
+from fairseq_lite.generation.branch_plan import shared_length, sort_key
 
 # A stem of fewer tokens costs as much as reading it with every sequence: it is a pass of its own,
 # and sequences behind different stems cannot be read in one batch.
@@ -44,7 +43,7 @@ def grow(sequences: Sequence[Ids], shortest: int = SHORTEST) -> Stem:
     """
     order = sorted(range(len(sequences)), key=lambda i: sort_key(sequences[i]))
     shared = [
-        min(_shared(sequences[a], sequences[b]), len(sequences[a]) - 1, len(sequences[b]) - 1)
+        min(shared_length(sequences[a], sequences[b]), len(sequences[a]) - 1, len(sequences[b]) - 1)
         for a, b in pairwise(order)
     ]
     return _stem(order, shared, 0, shortest)
@@ -72,18 +71,6 @@ def _stem(order: list[int], shared: list[int], depth: int, shortest: int) -> Ste
             leaves.append(order[begin])
         begin = end
     return Stem(depth, tuple(leaves), tuple(branches), order[0] if order else 0)
-
-
-def sort_key(ids: Ids) -> bytes:
-    """Bytes that sort as ids do."""
-    return np.asarray(ids).astype(">i4").tobytes()
-
-
-def _shared(a: Ids, b: Ids) -> int:
-    """How many tokens both begin with."""
-    n = min(len(a), len(b))
-    differing = np.flatnonzero(a[:n] != b[:n])
-    return int(differing[0]) if len(differing) else n
 
 
 def batches(

@@ -59,8 +59,8 @@ available_tasks_settings.update(
     {
         "xcopa_mt": TaskSettings("xcopa", ["xcopa"], {"xcopa_template": ["xcopa_mt"]}),
         "xcopa_calib": TaskSettings("xcopa", ["xcopa"], _WITHOUT_PREMISE),
-        "xcopa_english_shots": TaskSettings(
-            "xcopa_english_shots", ["xcopa"], {"xcopa_template": ["xcopa__en"]}
+        "xcopa_english_template": TaskSettings(
+            "xcopa", ["xcopa"], {"xcopa_template": ["xcopa__en"]}
         ),
         "xnli_mt": TaskSettings("xnli", ["xnli"], {"xnli_template": ["xnli_mt"]}),
         "xnli_english_template": TaskSettings("xnli", ["xnli"], {"xnli_template": ["xnli__en"]}),
