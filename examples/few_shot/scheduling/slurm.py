@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from examples.few_shot.scheduling.worker import Order, execute, needs_model
 from examples.few_shot.settings import PlannedEvaluation, safe
 from fairseq_lite.errors import ConfigError, MissingDependency
 from fairseq_lite_cli.alive import Process
+from fairseq_lite_cli.submitting import job_setup, refusal
 
 EXECUTORS = ("slurm", "local", "debug")
 LOGS = "submitit"
@@ -81,11 +81,7 @@ class Needs:
             "slurm_mail_user": self.mail_user,
             "slurm_mail_type": self.mail_type if self.mail_user else None,
             "slurm_signal_delay_s": SIGNAL_SECONDS,
-            "slurm_setup": [
-                # Jobs find this package; and srun does not take the job's --cpus-per-task over.
-                f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
-                "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
-            ],
+            "slurm_setup": job_setup(ROOT),
         }
 
 
@@ -264,9 +260,8 @@ def submit(
         found.update_parameters(**wanted.parameters(model_key))
         with found.batch():
             jobs = [found.submit(RemoteJob(order)) for order in orders]
-    except Exception as e:  # submitit's own kinds are several, and hold sbatch's words
-        said = str(e).strip().splitlines() or [type(e).__name__]
-        raise ConfigError(f"{model_key}: not submitted: {said[-1]}") from e
+    except Exception as e:
+        raise refusal(model_key, e) from e
     finally:
         if before is None:
             del os.environ["PYTHONPATH"]

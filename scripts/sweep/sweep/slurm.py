@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import shutil
 import signal
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fairseq_lite.errors import ConfigError, MissingDependency
+from fairseq_lite_cli.submitting import job_setup, refusal
 
 from . import state
 from .attempt import Attempt, claimed
@@ -63,11 +62,7 @@ def parameters(args: argparse.Namespace) -> dict[str, Any]:
             "requeue": True,
             **({} if args.reservation is None else {"reservation": args.reservation}),
         },
-        "slurm_setup": [
-            # Jobs find this package; and srun does not take the job's --cpus-per-task over.
-            f'export PYTHONPATH={shlex.quote(str(library))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
-            "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
-        ],
+        "slurm_setup": job_setup(library),
     }
 
 
@@ -146,9 +141,8 @@ class Queue:
         self._executor.update_parameters(**asked)
         try:
             job: str = self._executor.submit(Job(run)).job_id
-        except Exception as e:  # submitit's own kinds are several, and hold sbatch's words
-            said: Sequence[str] = str(e).strip().splitlines() or [type(e).__name__]
-            raise ConfigError(f"{run.name}: not submitted: {said[-1]}") from e
+        except Exception as e:
+            raise refusal(run.name, e) from e
         if self._args.sequential:
             self._after = job
         return job
