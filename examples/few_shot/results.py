@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from examples.few_shot.predictors.api import Prediction, ScoredCandidate
 from examples.few_shot.samples import FewShotSample
 from examples.few_shot.settings import PlannedEvaluation
 from fairseq_lite.errors import DataError
+from fairseq_lite_cli.writing import write_atomically
 
 FORMAT = 1  # of results files; a file of another one is not complete
 
@@ -27,35 +26,6 @@ def strict(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [strict(each) for each in value]
     return value
-
-
-def write_atomically(path: Path, lines: Iterable[str]) -> None:
-    """Write a text file under another name, flush it to the disk, and rename it.
-
-    Raises:
-        DataError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:60]}.", suffix="~")
-        try:
-            os.fchmod(handle, 0o666 & ~_umask())
-            with open(handle, "w", encoding="utf-8", newline="\n") as file:
-                file.writelines(lines)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError as e:
-        raise DataError(f"{path}: cannot be written: {e.strerror}") from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:

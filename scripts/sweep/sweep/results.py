@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from fairseq_lite_cli.drawing import lines_of
 from fairseq_lite_cli.logs import Log, read
+from fairseq_lite_cli.writing import write_atomically
 
 from . import state
 from .grid import Run
@@ -122,6 +122,4 @@ def write_tsv(results: Sequence[Result], path: Path) -> None:
         numbers = [f"{result.values[c]:g}" if c in result.values else "" for c in _COLUMNS]
         error = " ".join(result.error.split())
         lines.append([result.name, result.state.value, *numbers, error])
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
-    part.replace(path)
+    write_atomically(path, ("\t".join(line) + "\n" for line in lines))

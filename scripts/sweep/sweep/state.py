@@ -12,13 +12,13 @@ import enum
 import errno
 import json
 import os
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fairseq_lite_cli.alive import Process, slurm_jobs_alive
+from fairseq_lite_cli.writing import write_atomically
 
 try:
     import fcntl
@@ -103,14 +103,8 @@ def load(save_dir: Path) -> Record | None:
 
 def store(save_dir: Path, record: Record) -> None:
     """Write a run's record: whole, or not at all."""
-    path = save_dir / RECORD
-    part = path.with_name(f"{RECORD}.{socket.gethostname()}.{os.getpid()}")
-    with open(part, "w", encoding="utf-8") as out:
-        json.dump(dataclasses.asdict(record), out, indent=1, ensure_ascii=False)
-        out.write("\n")
-        out.flush()
-        os.fsync(out.fileno())
-    part.replace(path)
+    text = json.dumps(dataclasses.asdict(record), indent=1, ensure_ascii=False)
+    write_atomically(save_dir / RECORD, [text, "\n"])
 
 
 def take_back(save_dir: Path, claim: Record, before: Record | None) -> None:
