@@ -18,6 +18,7 @@ from examples.few_shot.predictors.prompting import token_scores
 from examples.few_shot.settings import safe
 from examples.few_shot.statistics import over_trials
 from fairseq_lite.errors import ConfigError, DataError
+from fairseq_lite_cli.writing import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +62,21 @@ def load(paths: Iterable[Path]) -> list[Row]:
         except DataError as e:
             logger.warning("%s; left out", e)
             continue
-        if one.get("complete") is not True or "preferred_metric" not in one:
+        if one.get("complete") is not True or not _says(one):
             logger.warning("%s: is not complete; left out", path)
             continue
         found.append(one | {"path": str(path)})
     return found
+
+
+def _says(one: Mapping[str, Any]) -> bool:
+    """Whether results say what every table asks for."""
+    values = one.get(str(one.get("preferred_metric")))
+    return (
+        isinstance(values, Mapping)
+        and {"scores", "mean", "std", "mean_confidence_interval"} <= set(values)
+        and {"model_name", *KEYS} <= set(one)
+    )
 
 
 def flat(one: Mapping[str, Any]) -> Row:
@@ -115,8 +126,41 @@ def _spread(values: Mapping[str, Any]) -> Row:
     return {name: values[name] for name in names} | {"trials": len(values["scores"])}
 
 
+def variants(rows: Sequence[Row]) -> list[str]:
+    """Of each row the settings that tell it from others that a table has one cell for.
+
+    A model may be evaluated several times with settings that are no column (the number of samples,
+    of trials, an option of a template). Empty where no model is.
+    """
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_what(row), []).append(row)
+    differing: dict[tuple[str, ...], list[str]] = {}
+    for what, some in groups.items():
+        models = [row["model_name"] for row in some]
+        if len(set(models)) < len(models):
+            settings = [row.get("settings", {}) for row in some]
+            names = sorted({name for each in settings for name in each} - {"model_name"})
+            differing[what] = [
+                name for name in names if len({_text(each.get(name)) for each in settings}) > 1
+            ]
+    return [
+        " ".join(
+            f"{name}={_text(row.get('settings', {}).get(name))}"
+            for name in differing.get(_what(row), ())
+        )
+        for row in rows
+    ]
+
+
+def _what(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(_text(row.get(key)) for key in KEYS)
+
+
 def pivot(rows: Sequence[Row], *, every_metric: bool = False) -> list[Row]:
     """A row for each evaluation and metric, a column for each model: mean, with ± std over trials.
+
+    Where a model has several results for one cell, a column `settings` tells them apart.
 
     Args:
         rows: results.
@@ -124,10 +168,13 @@ def pivot(rows: Sequence[Row], *, every_metric: bool = False) -> list[Row]:
     """
     models = list(dict.fromkeys(row["model_name"] for row in rows))
     table: dict[tuple[str, ...], Row] = {}
+    told = variants(rows)
+    apart = {id(row): {"settings": text} for row, text in zip(rows, told, strict=True)}
     for row in sorted(rows, key=_sort_key):
+        more = apart[id(row)] if any(told) else {}
         names = _metrics(row) if every_metric else [row["preferred_metric"]]
         for name in names:
-            what = {key: _text(row.get(key)) for key in KEYS} | {"metric": name}
+            what = dict(zip(KEYS, _what(row), strict=True)) | more | {"metric": name}
             line = table.setdefault(tuple(what.values()), what | dict.fromkeys(models, ""))
             line[row["model_name"]] = cell(row[name])
     return list(table.values())
@@ -219,6 +266,17 @@ def recalculated(row: Row, folder: Path | None = None) -> Row:
     """
     place = Path(row["path"]).parent if folder is None else folder
     trials = [results.read_rows(place / name) for name in row["predictions"]]
+    try:
+        found = _recalculated(trials)
+    except (KeyError, TypeError, ValueError, IndexError) as e:
+        raise DataError(f"{row['path']}: its predictions are damaged: {e!r}") from None
+    if not found:
+        raise DataError(f"{row['path']}: its predictions hold no scores of candidates by token")
+    return row | results.strict(found)
+
+
+def _recalculated(trials: Sequence[Sequence[Row]]) -> Row:
+    """What `recalculated` adds; nothing where predictions hold no scores of tokens."""
     found: Row = {}
     for name, function in SCORINGS.items():
         for calibrated in (False, True):
@@ -233,9 +291,7 @@ def recalculated(row: Row, folder: Path | None = None) -> Row:
             if len(trials) > 1:
                 found[f"{label}_ensemble"] = over_trials([_accuracy(trials[0], _mean(known))])
                 found[f"{label}_majority"] = over_trials([_accuracy(trials[0], _votes(known))])
-    if not found:
-        raise DataError(f"{row['path']}: its predictions hold no scores of candidates by token")
-    return row | results.strict(found)
+    return found
 
 
 Scores = list[list[float]]
@@ -292,6 +348,26 @@ def _votes(trials: Sequence[Scores]) -> Scores:
     return found
 
 
+def recalculate(rows: Sequence[Row], folder: Path | None = None) -> list[Row]:
+    """Rows with what `recalculated` finds; those it finds nothing for as they are, with a warning.
+
+    Raises:
+        DataError: nothing is found for any.
+    """
+    found = []
+    last: DataError | None = None
+    for row in rows:
+        try:
+            found.append(recalculated(row, folder))
+        except DataError as e:
+            logger.warning("%s; nothing is computed anew", e)
+            found.append(row)
+            last = e
+    if last is not None and all(a is b for a, b in zip(found, rows, strict=True)):
+        raise last
+    return found
+
+
 # -- tables
 
 
@@ -323,7 +399,7 @@ def write_tsv(path: Path, rows: Sequence[Row], *, append: bool) -> None:
             )
         known = set(there)
         lines = [*filter(None, there[1:]), *(line for line in lines if line not in known)]
-    results.write_atomically(path, [f"{line}\n" for line in (head, *lines)])
+    write_atomically(path, [f"{line}\n" for line in (head, *lines)])
 
 
 def select(

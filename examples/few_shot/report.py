@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.few_shot.collecting import Row, columns_of, pivot
+from examples.few_shot.collecting import Row, columns_of, pivot, variants
 from examples.few_shot.settings import safe
 from fairseq_lite.errors import MissingDependency
 
@@ -82,7 +82,7 @@ def curves(
 ) -> Iterator[tuple[str, str, dict[str, list[tuple[int, float, float]]]]]:
     """Of each task what is plotted: title, metric, and for each model (shots, mean, std)."""
     groups: dict[tuple[str, str], dict[str, list[tuple[int, float, float]]]] = {}
-    for row in rows:
+    for row, told in zip(rows, variants(rows), strict=True):
         metric = row["preferred_metric"]
         values = row[metric]
         if values["mean"] is None:
@@ -91,6 +91,7 @@ def curves(
         title = " ".join(str(part) for part in parts if part)
         if row["calibrator_name"]:
             title += f" {row['calibrator_name']} {'; '.join(row['calibration_options'])}"
+        title += f" {told}" if told else ""
         lines = groups.setdefault((title, metric), {})
         point = (row["nb_few_shot_samples"], values["mean"], values["std"] or 0.0)
         lines.setdefault(row["model_name"], []).append(point)

@@ -241,3 +241,44 @@ def test_results_of_one_model_only(evaluated: Path, capsys: pytest.CaptureFixtur
 
 def test_strictness_is_that_of_the_results() -> None:
     assert results.strict(math.nan) is None
+
+
+def test_results_of_one_model_that_differ_by_settings_alone_stand_apart(tmp_path: Path) -> None:
+    folder = tmp_path / "COPA"
+    folder.mkdir()
+    row = {"premise": "A.", "choice1": "B.", "choice2": "C.", "question": "cause", "label": 0}
+    text = "".join(json.dumps({**row, "premise": f"Number {i}."}) + "\n" for i in range(4))
+    (folder / "val.jsonl").write_text(text)
+    for name, some in (("one", (1, 3)), ("two", (3,))):
+        for n in some:
+            (one,) = plan(name, tasks="copa", nb_few_shot_samples_values=[0], n_eval_samples=n,
+                          data_dir=str(tmp_path), results_dir=str(tmp_path / "out"))  # fmt: skip
+            Evaluation(one, DummyModel()).run()
+    rows = collecting.load(sorted((tmp_path / "out").glob("*_results.json")))
+    told = {line["settings"]: line for line in collecting.pivot(rows)}
+    assert set(told) == {"n_eval_samples=1", "n_eval_samples=3"}
+    assert told["n_eval_samples=1"]["one"] and not told["n_eval_samples=1"]["two"]
+    assert told["n_eval_samples=3"]["one"] and told["n_eval_samples=3"]["two"]
+    assert len(list(report.curves(rows))) == 2
+    alone = [each for each in rows if each["eval_examples_cnt"] == 3]
+    assert "settings" not in collecting.columns_of(collecting.pivot(alone))
+
+
+def test_what_cannot_be_recalculated_stays_as_it_is(evaluated: Path, tmp_path: Path) -> None:
+    rows = collecting.load(sorted((evaluated / "small").glob("*_results.json")))
+    whole, broken = rows[0], {**rows[1], "path": str(tmp_path / "x_results.json")}
+    for name in broken["predictions"]:
+        (tmp_path / name).write_text('{"candidates": [["a", {}]]}\n')
+    first, second = collecting.recalculate([whole, broken])
+    assert "accuracy_sum" in first
+    assert second == broken
+    with pytest.raises(DataError, match="x_results.json: its predictions are damaged"):
+        collecting.recalculate([broken])
+
+
+def test_results_without_their_metric_are_left_out(evaluated: Path, tmp_path: Path) -> None:
+    whole = next((evaluated / "small").glob("*_results.json"))
+    found = json.loads(whole.read_text())
+    path = tmp_path / "x_results.json"
+    path.write_text(json.dumps({**found, "accuracy": None}))
+    assert collecting.load([whole, path]) == collecting.load([whole])

@@ -18,11 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from examples.few_shot import collecting, report, results
+from examples.few_shot import collecting, report
 from examples.few_shot.builtins import load_builtins
 from examples.few_shot.tasks.api import task_names
 from fairseq_lite.config.flags import Parser
 from fairseq_lite_cli.entry import run_command
+from fairseq_lite_cli.writing import write_atomically
 
 
 def get_argparser() -> Parser:
@@ -55,7 +56,7 @@ def collect(args: argparse.Namespace) -> int:
     tasks = None if args.tasks is None else task_names(args.tasks)
     rows = collecting.select(rows, tasks=tasks, models=args.models)
     if args.recalculate:
-        rows = [collecting.recalculated(row, args.predictions_dir) for row in rows]
+        rows = collecting.recalculate(rows, args.predictions_dir)
     found = collecting.VIEWS[args.view](rows)
     if args.output is None:
         columns = collecting.columns_of(found)
@@ -63,17 +64,17 @@ def collect(args: argparse.Namespace) -> int:
     else:
         collecting.write_tsv(args.output, found, append=not args.overwrite_output)
         raw = args.output.with_name(args.output.name + ".raw.jsonl")
-        results.write_atomically(raw, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_atomically(raw, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     pictures = report.plots(rows) if args.plots or args.html else {}
     if args.markdown:
         files = report.save_plots(pictures, args.plots) if args.plots else {}
         base = args.markdown.parent.resolve()
         near = {name: Path(os.path.relpath(file.resolve(), base)) for name, file in files.items()}
-        results.write_atomically(args.markdown, [report.markdown(rows, near)])
+        write_atomically(args.markdown, [report.markdown(rows, near)])
     elif args.plots:
         report.save_plots(pictures, args.plots)
     if args.html:
-        results.write_atomically(args.html, [report.page(rows, pictures)])
+        write_atomically(args.html, [report.page(rows, pictures)])
     return len(rows)
 
 
