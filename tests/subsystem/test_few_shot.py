@@ -15,6 +15,7 @@ import pytest
 
 from examples.few_shot import results
 from fairseq_lite import hub
+from fairseq_lite.errors import ConfigError
 from tests.helpers.commands import REPOSITORY
 from tests.helpers.few_shot import (
     EXPERTS,
@@ -162,6 +163,14 @@ def test_a_kill_loses_no_finished_evaluation(
     assert {path: path.read_bytes() for path in before} == before
     whole = evaluate(models["dense"], *words, *shots, "--results-dir", tmp_path / "whole")
     assert [without_times(each) for each in found] == [without_times(each) for each in whole]
+
+
+def test_a_capacity_is_for_experts(models: dict[str, Path], tasks: Path, tmp_path: Path) -> None:
+    words = ["--nshot", 0, "--tasks", "copa", "--data-dir", tasks, "--results-dir", tmp_path]
+    with pytest.raises(ConfigError, match=r"--moe-eval-capacity-token-fraction 0\.5: .*no experts"):
+        evaluate(models["dense"], *words, "--cap", 0.5)
+    (found,) = evaluate(models["moe"], *words, "--cap", 0.5)
+    assert found["settings"]["moe_eval_capacity_token_fraction"] == 0.5
 
 
 def test_a_checkpoint_that_is_not_there_is_one_line(tasks: Path, tmp_path: Path) -> None:

@@ -125,11 +125,12 @@ def _bare(name: str, options: EvaluationOptions) -> ModelConfig:
 
 def _ours(path: str, config: ModelConfig, options: EvaluationOptions, world: World) -> Model:
     from examples.few_shot.models.flite import FliteModel
+    from fairseq_lite.parallel.experts import has_experts
 
     overrides = dict(config.overrides)
     if options.moe_eval_capacity_token_fraction is not None:
         overrides["moe_eval_capacity_token_fraction"] = options.moe_eval_capacity_token_fraction
-    return FliteModel(
+    model = FliteModel(
         path,
         world=world,
         max_tokens=options.max_tokens,
@@ -142,6 +143,12 @@ def _ours(path: str, config: ModelConfig, options: EvaluationOptions, world: Wor
             "overrides": overrides or None,
         },
     )
+    capacity = options.moe_eval_capacity_token_fraction
+    if capacity is not None and not any(has_experts(each) for each in model.lm.models):
+        raise ConfigError(
+            f"--moe-eval-capacity-token-fraction {capacity}: {path} has no experts; leave it out"
+        )
+    return model
 
 
 def _hugging_face(path: str, options: EvaluationOptions, world: World) -> Model:
