@@ -47,7 +47,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe", "sharded"])
-def test_the_command_of_the_seed(
+def test_a_command_evaluates_any_checkpoint(
     kind: str, models: dict[str, Path], tasks: Path, tmp_path: Path
 ) -> None:
     (found,) = evaluate(

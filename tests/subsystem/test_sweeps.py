@@ -1,4 +1,4 @@
-"""Sweeps that train: interrupted, failed, resumed, skipped, with their table; the seeds' runs."""
+"""Sweeps that train: interrupted, failed, resumed, skipped, with their table; the guides' runs."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ SCRIPT = "examples/few_shot/scripts/experiments/schedule_jobs_few_shot_english.p
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two tiny models under the names of the documents, and rows of every task."""
-    found = tmp_path_factory.mktemp("seed")
+    found = tmp_path_factory.mktemp("documents")
     data = write_language_data(found / "text")
     names = {"125M_gpt3_setting": [], "tiny_multi_moe": EXPERTS}
     for name, training in names.items():
