@@ -16,7 +16,7 @@ from fairseq_lite.config.core import CommonConfig, GenerationConfig
 from fairseq_lite.data.prompts import PromptDataset
 from fairseq_lite.data.text.api import build_codecs
 from fairseq_lite.errors import ConfigError
-from fairseq_lite.generation.branch_plan import Unit
+from fairseq_lite.generation.branch_plan import Unit, shared_length
 from fairseq_lite.generation.branches import (
     Branches,
     BranchReader,
@@ -162,7 +162,7 @@ class LanguageModel:
             raise ConfigError(f"score(): {len(texts)} texts and {len(prompts)} prompts")
         ids = [self.encode((p or "") + t) for t, p in zip(texts, prompts, strict=True)]
         skips = [
-            0 if not p else _shared(self.encode(p), whole)
+            0 if not p else shared_length(self.encode(p), whole)
             for p, whole in zip(prompts, ids, strict=True)
         ]
         found = [
@@ -597,10 +597,3 @@ class LanguageModel:
 def _before(text: str, stops: Sequence[str]) -> str:
     """A text up to the first of some strings."""
     return text[: min((text.index(stop) for stop in stops if stop in text), default=None)]
-
-
-def _shared(prompt: npt.NDArray[np.int64], whole: npt.NDArray[np.int64]) -> int:
-    """How many tokens both begin with: a piece of a word may reach over the end of the prompt."""
-    n = min(len(prompt), len(whole))
-    differing = np.flatnonzero(prompt[:n] != whole[:n])
-    return int(differing[0]) if len(differing) else n

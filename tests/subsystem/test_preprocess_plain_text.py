@@ -93,7 +93,7 @@ def read_back(folder: Path, name: str = "train", dictionary: str = "dict.txt") -
     return [subword.decode(symbols.string(ids)) for ids in items(folder / name)]
 
 
-# -- the command of the guide -----------------------------------------------------------------------
+# -- the command of the guide ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2", "made"])

@@ -1,4 +1,4 @@
-"""The sweeps that ship: every command they generate is one of flite-train's, and those of the guides run."""
+"""The sweeps that ship: every command they generate is one of flite-train's; the guides' run."""
 
 from __future__ import annotations
 
