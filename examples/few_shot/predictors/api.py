@@ -117,7 +117,6 @@ class Predictor(ABC):
 
     Attributes:
         needs_model: whether it asks a model.
-        reads_prompts: whether template, shots and scoring matter to it.
 
     Args:
         model: what it asks; None where it needs none.
@@ -125,7 +124,6 @@ class Predictor(ABC):
     """
 
     needs_model = True
-    reads_prompts = True
 
     def __init__(self, model: Model | None, options: PredictorOptions) -> None:
         self.model = model
