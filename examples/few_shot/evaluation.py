@@ -33,6 +33,7 @@ from examples.few_shot.predictors.api import (
 )
 from examples.few_shot.samples import FewShotSample
 from examples.few_shot.settings import PlannedEvaluation
+from examples.few_shot.stale import data_digests
 from examples.few_shot.statistics import over_trials
 from examples.few_shot.tasks.api import FewShotTask, build_task
 from examples.few_shot.templates.api import FewShotTemplate, build_template
@@ -304,6 +305,7 @@ class Evaluation:
             "metric_definitions": {metric.name: metric.definition() for metric in self.metrics},
             "example_prompts": self._example_prompts(),
             "predictions": [path.name for path in planned.prediction_files],
+            "data": data_digests(planned),
             "settings": dict(planned.settings),
             "settings_hash": planned.settings_hash,
             "model": {} if self.model is None else self.model.identity(),

@@ -26,6 +26,7 @@ from examples.few_shot.settings import (
     plan,
     template_entry,
 )
+from examples.few_shot.stale import unfinished
 from examples.few_shot.tasks.api import GROUPS, TASKS, task_names, task_type
 from examples.few_shot.templates.api import TEMPLATES
 from fairseq_lite.config.core import DistributedTrainingConfig
@@ -156,36 +157,10 @@ def run_evaluations_from_model_name(model_name: str, **kwargs: Any) -> list[dict
     options = planned[0].options
     left = tuple(planned)
     if options.skip_completed and not options.recalc_metrics_from_predictions:
-        left = _unfinished(planned, options)
+        left = unfinished(planned, options)
     if left:
         run_planned(left)
     return [results.read_results(each.results_file) for each in planned]
-
-
-def _unfinished(
-    planned: Sequence[PlannedEvaluation], options: EvaluationOptions
-) -> tuple[PlannedEvaluation, ...]:
-    """Those without complete results; results of other files under the model's name count not."""
-    there = [each for each in planned if results.is_complete(each)]
-    if there and predictor_type(options.predictor_name).needs_model:
-        from examples.few_shot.models.loading import digest_of_files
-
-        now = digest_of_files(planned[0].model, options)
-        made_by = {
-            each.results_file: results.read_results(each.results_file)["model"].get("sha256")
-            for each in there
-        }
-        same = [each for each in there if now in (None, made_by[each.results_file])]
-        if len(same) < len(there):
-            logger.warning(
-                "%s is another checkpoint than %d results were made with; they are made anew",
-                planned[0].model, len(there) - len(same),
-            )  # fmt: skip
-        there = same
-    if there:
-        logger.info("%d of %d evaluations are complete", len(there), len(planned))
-    done = {each.results_file for each in there}
-    return tuple(each for each in planned if each.results_file not in done)
 
 
 def run_planned(planned: Sequence[PlannedEvaluation]) -> None:

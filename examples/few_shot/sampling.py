@@ -67,9 +67,10 @@ class Shots:
 
     def _per_class(self, free: Sequence[int]) -> list[int]:
         """The first of each class in turn: classes alternate in the prompt."""
-        classes: dict[str, list[int]] = {}
+        # A class whose only sample is the question stays a class.
+        classes: dict[str, list[int]] = {one.correct[0]: [] for one in self.pool}
         for i in free:
-            classes.setdefault(self.pool[i].correct[0], []).append(i)
+            classes[self.pool[i].correct[0]].append(i)
         each = self.k // len(classes)
         short = sorted(name for name, members in classes.items() if len(members) < each)
         if short:

@@ -37,6 +37,10 @@ from fairseq_lite.registry import Entry, near
 Names = tuple[str, ...]
 
 
+# Kinds of tasks that --beam-size matters to.
+_WITH_BEAMS = ("generation", "ranking")
+
+
 @dataclass(frozen=True)
 class PlannedEvaluation:
     """One evaluation, and where it goes.
@@ -105,6 +109,11 @@ def plan(model_name: str, **given: Any) -> list[PlannedEvaluation]:
     if not names:
         raise ConfigError("--tasks is needed: names of tasks or groups; --list-tasks prints them")
     options = _general(given)
+    if options.beam_size > 1 and not any(task_type(name).kind in _WITH_BEAMS for name in names):
+        raise ConfigError(
+            f"--beam-size {options.beam_size}: these tasks choose among candidates, none writes or"
+            " ranks; leave it out"
+        )
     per_task, rest = _split(given, names)
     found = [
         each
@@ -293,6 +302,7 @@ def _evaluation(
         "seeds": list(seeds),
         "n_eval_samples": options.n_eval_samples or None,
         "max_positions": _max_positions(options),
+        "beam_size": options.beam_size if kind.kind in _WITH_BEAMS else 1,
         "train_sep": options.separator,
         "calibration_options": list(calibrations),
         "task_options": _plain(task_options),

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from examples.few_shot.metrics.basic import CandidatePerplexity
 from examples.few_shot.models.dummy import DummyModel
 from examples.few_shot.predictors.api import PredictorOptions, Trial
 from examples.few_shot.predictors.prompting import CLMPrompting
@@ -175,3 +176,14 @@ def test_all_questions_get_as_many_shots_as_the_longest_has_room_for() -> None:
             trial(*questions, k=4, pool=pool)
         )
         assert [one.meta["nb_few_shot_samples"] for one in found] == expected
+
+
+def test_candidates_that_all_questions_have_get_a_perplexity_of_their_own() -> None:
+    metric = CandidatePerplexity()
+    found = predictor().predict(trial(question("One?"), question("Two?")))
+    numbers = metric.score(found)
+    for j, name in enumerate(("yes", "no")):
+        mean = sum(one.candidates[j].meta["ppl_full"] for one in found) / 2
+        assert numbers[f"ppl_candidates_full_prompt__{name}"] == pytest.approx(mean)
+    other = predictor().predict(trial(question("One?"), question("Two?", "so", "or")))
+    assert not any("__" in name for name in metric.score(other))

@@ -340,3 +340,19 @@ def test_characters_beyond_sixteen_bits_may_be_written_as_escapes(data: Path) ->
     path.write_text(json.dumps({**rows(1)[0], "premise": "\U0001f600."}) + "\n", encoding="utf-8")
     assert "\\ud83d" in path.read_text(encoding="utf-8")
     assert evaluate(planned(data, nb_few_shot_samples_values=[0]))["questions_cnt"] == 1
+
+
+def test_results_of_other_data_are_made_anew(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values: dict[str, Any] = {
+        "tasks": "copa", "nb_few_shot_samples_values": 0, "data_dir": str(data),
+        "results_dir": str(data.parent / "out"), "predictor_name": "random",
+    }  # fmt: skip
+    (first,) = gpt3_eval.run_evaluations_from_model_name("random", **values)
+    path = data / "COPA" / "val.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(3)))
+    (again,) = gpt3_eval.run_evaluations_from_model_name("random", skip_completed=True, **values)
+    assert (first["eval_examples_cnt"], again["eval_examples_cnt"]) == (6, 3)
+    assert "was made with other data" in caplog.text
+    path.unlink()
+    (kept,) = gpt3_eval.run_evaluations_from_model_name("random", skip_completed=True, **values)
+    assert kept == again

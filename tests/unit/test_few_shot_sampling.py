@@ -130,3 +130,9 @@ def test_shots_stand_in_the_order_of_the_file_where_that_is_asked_for() -> None:
     usual = draw(pool, 8, seed=0, trial=0, task="t").of(new)
     kept = draw(pool, 8, seed=0, trial=0, task="t", keep_order=True).of(new)
     assert usual != kept == [one for one in pool if one in usual]
+
+
+def test_a_class_whose_only_sample_is_asked_about_stays_a_class() -> None:
+    pool = [choice({"n": i}, ["a", "b"], int(i == 0)) for i in range(6)]
+    with pytest.raises(ConfigError, match="class 'b' has 0 samples for 1 shots"):
+        draw(pool, 2, seed=0, trial=0, task="t", uniform=True).of(pool[0])

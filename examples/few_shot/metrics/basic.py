@@ -66,7 +66,8 @@ class CandidatePerplexity(Metric):
     ppl_common_prefix: of the tokens that candidates have in common at their beginning, the prompt
     included; ppl_selected_candidate: of the best one from where candidates differ;
     ppl_full_selected_candidate: of the best one with its prompt; ppl_candidates,
-    ppl_candidates_full_prompt: as these two, averaged over all candidates;
+    ppl_candidates_full_prompt: as these two, averaged over all candidates, and with __NAME of one
+    of them, where all questions have the same;
     nb_few_shot_samples_fitted: how many shots stood in prompts; nb_trunc_few_shot_samples: how many
     had to be left out.
     """
@@ -81,6 +82,10 @@ class CandidatePerplexity(Metric):
             every = [c.meta[key] for p in predictions for c in p.candidates]
             found[f"ppl{name}_selected_candidate"] = mean([p.best.meta[key] for p in predictions])
             found["ppl_candidates" + ("_full_prompt" if name else "")] = mean(every)
+            if name and len({p.sample.candidates for p in predictions}) == 1:
+                for j, candidate in enumerate(predictions[0].sample.candidates):
+                    its = [p.candidates[j].meta[key] for p in predictions]
+                    found[f"ppl_candidates_full_prompt__{candidate}"] = mean(its)
         for name, key in (
             ("nb_few_shot_samples_fitted", "nb_few_shot_samples"),
             ("nb_trunc_few_shot_samples", "nb_trunc_few_shot_samples"),

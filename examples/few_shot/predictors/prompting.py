@@ -50,6 +50,10 @@ class CLMPrompting(Predictor):
         self.lm = model
         limit = model.max_tokens
         if options.max_positions is not None:
+            if options.max_positions > limit:
+                logger.warning(
+                    "--max-positions %d: the model takes %d", options.max_positions, limit
+                )
             limit = min(limit, options.max_positions)
         self.encoding = prompting.Encoding(model, limit, options.newline_to_end)
 
