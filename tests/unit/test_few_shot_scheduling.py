@@ -166,6 +166,12 @@ def test_models_without_a_setting_go_by_path_name_or_group_of_model_configs():
     assert found["355M_gpt3_setting"] == ModelSettings("355M_gpt3_setting")
 
 
+def test_two_models_of_one_name_are_refused():
+    with pytest.raises(ConfigError, match="-m a_b/c.pt: would be called a_b_c.pt, as another"):
+        chosen_models(["a/b/c.pt", "a_b/c.pt"], {}, {})
+    assert list(chosen_models(["a/b.pt", "a/b.pt"], {}, {})) == ["a_b.pt"]
+
+
 def test_every_registered_task_and_group_has_a_setting():
     assert chosen_tasks(["copa", "blimp"], {}, {}) == {
         "copa": TaskSettings("copa", ["copa"]),

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,6 +122,37 @@ def test_a_process_that_has_ended_blocks_nothing(tmp_path: Path):
     assert submissions.claim(each, dead)
     assert look([job])[0].submitted == ()
     assert submissions.claim(each, Submission.of_process("b"))
+
+
+def test_of_two_that_find_a_dead_marker_in_one_moment_one_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (each, _) = _job(tmp_path).evaluations
+    submissions.record(each, Submission("a", submissions.HERE, _dead()))
+    living, others = submissions.living, []
+
+    def another_looks_too(found: Any) -> set[Submission]:
+        monkeypatch.setattr(submissions, "living", living)
+        others.append(os.fork())
+        if others[0] == 0:
+            try:
+                os._exit(int(submissions.claim(each, Submission.of_process("other"))))
+            finally:
+                os._exit(2)
+        # It is through now, unless it waits for this one.
+        until = time.monotonic() + 0.3
+        while time.monotonic() < until and not _has_ended(others[0]):
+            time.sleep(0.01)
+        return living(found)
+
+    monkeypatch.setattr(submissions, "living", another_looks_too)
+    got = submissions.claim(each, Submission.of_process("b"))
+    _, status = os.waitpid(others[0], 0)
+    assert (got, os.waitstatus_to_exitcode(status)) == (True, 0)
+
+
+def _has_ended(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def test_a_later_process_with_the_same_number_is_another_one():

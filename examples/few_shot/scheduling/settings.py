@@ -256,7 +256,13 @@ def _chosen(
                 names = f"; groups: {_listed(groups)}; settings: {_listed(available)}"
                 hint = near(key, [*available, *groups]) or names
                 raise ConfigError(f"{flag} {key}{of}: no {what} setting and no group{hint}")
-            found.update(made)
+            for name, setting in made.items():
+                if found.setdefault(name, setting) != setting:
+                    raise ConfigError(
+                        f"{flag} {key}: would be called {name}, as another one is already; give "
+                        "them keys of their own in a script, or evaluate one after the other, each "
+                        "with its own -o"
+                    )
     return found
 
 

@@ -16,6 +16,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # not POSIX: two that find one dead marker in one moment are not told apart
+    fcntl = None  # type: ignore[assignment]
+
 from examples.few_shot.settings import PlannedEvaluation
 from fairseq_lite.errors import DataError
 from fairseq_lite_cli.alive import Process, slurm_jobs_alive
@@ -103,7 +108,7 @@ def claim(planned: PlannedEvaluation, mine: Submission) -> bool:
         DataError: the folder cannot be written.
     """
     path = marker(planned)
-    with _written(path, mine) as part:
+    with _written(path, mine) as part, _alone_in(path.parent):
         try:
             os.link(part, path)  # fails where the file is there: of two at a time one wins
             return True
@@ -113,6 +118,27 @@ def claim(planned: PlannedEvaluation, mine: Submission) -> bool:
             return False
         os.replace(part, path)
     return True
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Let one process at a time find that a marker is nobody's and put its own there.
+
+    Where a file system cannot lock a folder, only calls of one moment collide.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        # Closing alone would not do where another process has been forked meanwhile.
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
 
 
 def _is_mine(other: Submission, mine: Submission) -> bool:
