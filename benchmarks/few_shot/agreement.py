@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +53,21 @@ def rows_of(evaluation: Evaluation) -> list[Row]:
     return found
 
 
-def ours(planned: PlannedEvaluation, evaluation: Evaluation) -> tuple[float, list[list[float]]]:
-    """Our accuracy, and the log-probability of each answer."""
+def ours(evaluation: Evaluation, rows: Sequence[Row]) -> tuple[float, list[list[float]]]:
+    """Our accuracy, and the log-probability of each answer.
+
+    An answer begins where the harness has it begin: behind as many tokens as its context has alone,
+    without spaces at its end.
+    """
+    model = evaluation.model
+    assert model is not None
     results = evaluation.run()
     found = []
-    for row in read_rows(planned.prediction_files[0]):
-        metas = [said["meta"] for _, said in row["candidates"]]
-        found.append(
-            [sum(m["positional_scores"][m["context_tokens"] + m["start"] :]) for m in metas]
-        )
+    predictions = read_rows(evaluation.planned.prediction_files[0])
+    for row, prediction in zip(rows, predictions, strict=True):
+        first = len(model.encode(row.query.rstrip()))
+        scores = (said["meta"]["positional_scores"] for _, said in prediction["candidates"])
+        found.append([math.fsum(each[first:]) for each in scores])
     return results["accuracy"]["mean"] / 100, found
 
 
@@ -68,7 +76,7 @@ def compare(planned: PlannedEvaluation, model: HuggingFaceModel, lm: Any, folder
     evaluation = Evaluation(planned, model)
     rows = rows_of(evaluation)
     begin = time.perf_counter()
-    accuracy, mine = ours(planned, evaluation)
+    accuracy, mine = ours(evaluation, rows)
     middle = time.perf_counter()
     theirs = harness.evaluate(folder, planned.prefix, rows, lm)
     differences = [

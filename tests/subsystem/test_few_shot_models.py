@@ -128,6 +128,7 @@ def test_scores_are_those_of_each_text_by_itself(
             monkeypatch.setattr(causal, "_LOGITS", 4 * VOCABULARY)
         given = HuggingFaceModel(model, text, limits=limits)
         assert given.reader.caches == (architecture != "state_space")
+        assert given.reader.pads == (architecture in ("gpt2", "llama"))
         assert_same(given.score(requests, context_scores=True), expected)
         without = [Scores(None, each.continuations, each.greedy) for each in expected]
         assert_same(given.score(requests), without)
@@ -155,7 +156,7 @@ def as_it_is(cache: Any, rows: torch.Tensor) -> Any:
     return cache
 
 
-def deeper(sequences: Any, shortest: int = 8) -> stems.Stem:
+def deeper(sequences: Any, **_: int) -> stems.Stem:
     """Stems of texts that do not begin alike."""
     return stems.Stem(0, (), (stems.Stem(1, tuple(range(len(sequences))), (), 0),), 0)
 
@@ -180,23 +181,23 @@ def test_the_comparison_sees_faults(
         assert_same(given.score(requests, context_scores=True), expected)
 
 
-def test_what_texts_share_is_read_once() -> None:
+def test_what_texts_share_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, requests = tiny_model("llama"), some_requests()
     reader = CausalReader(model, Limits())
     read = 0
     forward = model.forward
 
-    def counted(input_ids: Any, **more: Any) -> Any:
+    def counted(*, input_ids: Any, **more: Any) -> Any:
         nonlocal read
         read += input_ids.numel()
         return forward(input_ids=input_ids, **more)
 
+    monkeypatch.setattr(model, "forward", counted)
     contexts = [each.context for each in requests if len(each.context) > 40]
-    reader.model = counted
     for _ in reader.read(contexts):
         pass
-    # The shots, then the question; and of every text what it has alone.
-    assert read == 40 + 35 + (3 + 3 + 3 + 1 + 3 + 3) and sum(map(len, contexts)) == 361
+    # The shots, then the question; and of every text what it has alone, padded to three tokens.
+    assert read == 40 + 35 + 3 * 3 + 3 * 3 and sum(map(len, contexts)) == 361
 
 
 # -- Hugging Face's models ------------------------------------------------------------------------

@@ -80,6 +80,9 @@ def test_shots_are_a_stem_and_a_question_below_them_another() -> None:
     ]  # fmt: skip
     tree = stems.grow(texts)
     assert places(tree) == [(3, 0), (0, 40), (4, 40), (1, 80), (2, 80)]
+    # The question saves 40 tokens, the shots 120.
+    assert places(stems.grow(texts, saves=41)) == [(3, 0), (0, 40), (4, 40), (1, 40), (2, 40)]
+    assert {depth for _, depth in places(stems.grow(texts, saves=121))} == {0}
 
 
 @given(
@@ -88,22 +91,33 @@ def test_shots_are_a_stem_and_a_question_below_them_another() -> None:
     st.integers(1, 30),
     st.integers(1, 60),
     st.one_of(st.none(), st.integers(1, 4)),
+    st.one_of(st.none(), st.integers(0, 20)),
 )
-def test_batches_hold_equal_lengths_within_limits(
-    lengths: list[int], depth: int, tokens: int, cells: int, rows: int | None
+def test_batches_keep_limits_and_padding_pays(
+    lengths: list[int], depth: int, tokens: int, cells: int, rows: int | None, costs: int | None
 ) -> None:
-    texts = [np.zeros(length, dtype=np.int64) for length in lengths]
-    found = list(
-        stems.batches(
-            range(len(texts)), texts, depth, max_tokens=tokens, max_cells=cells, max_rows=rows
-        )
-    )
-    assert sorted(number for batch in found for number in batch) == list(range(len(texts)))
+    limits: dict[str, Any] = {"max_tokens": tokens, "max_cells": cells, "max_rows": rows}
+    found = list(stems.batches(range(len(lengths)), lengths, depth, **limits, pass_costs=costs))
+    assert sorted(number for batch in found for number in batch) == list(range(len(lengths)))
     for batch in found:
-        (length,) = {lengths[number] for number in batch}
+        longest = max(lengths[number] for number in batch)
+        padded = len(batch) * (longest - depth)
+        real = sum(lengths[number] - depth for number in batch)
         if len(batch) > 1:
-            assert len(batch) * (length - depth) <= tokens and len(batch) * length <= cells
+            assert padded <= tokens and len(batch) * longest <= cells
         assert rows is None or len(batch) <= rows
+        assert padded == real or costs is not None
+
+    def cost(batches: list[list[int]]) -> int:
+        """Of passes, and of tokens with padding."""
+        longest = (max(lengths[number] for number in batch) for batch in batches)
+        return sum(
+            (costs or 0) + len(batch) * (most - depth)
+            for batch, most in zip(batches, longest, strict=True)
+        )
+
+    apart = list(stems.batches(range(len(lengths)), lengths, depth, **limits, pass_costs=None))
+    assert cost(found) <= cost(apart)
 
 
 # -- names ----------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
 """Reading with a causal model of Hugging Face's, of any architecture.
 
 What sequences begin with in common is read once, and its keys and values serve all of them; a
-context is read once for all its continuations. Sequences of a batch are equally long, and
-continuations are padded behind their last token only. No token ever has padding in front of it, so
-that positions, sliding windows and distances are right in every architecture, and no result depends
-on what else is in a batch. A model that remembers otherwise (a state space, a cache of its own)
-reads every continuation behind its whole context.
+context is read once for all its continuations. Where a model goes by positions that it is told,
+sequences of a batch may differ in length: what pads the shorter ones stands behind them and is
+hidden from what is read later. Where it goes by distances or windows in what it remembers, they are
+equally long. A model that remembers otherwise (a state space, a cache of its own) reads every
+continuation behind its whole context. So no result depends on what else is in a batch.
 
 Axes: n sequences, T tokens, V vocabulary.
 """
@@ -31,6 +31,13 @@ Floats = npt.NDArray[np.float32]
 # Logits that exist at a time, in numbers.
 _LOGITS = 1 << 27
 
+# Tokens that can be read in the time that a pass takes however few it reads: it waits for the
+# weights, and a GPU for orders.
+_PASS_COSTS = {"cpu": 24, "cuda": 2000}
+
+# Rotary embeddings that change with the longest text read so far.
+_MOVING = ("dynamic", "longrope")
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -51,31 +58,35 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class _Known:
+    """Rows as far as they have been read; none at the root of all.
+
+    Attributes:
+        lengths: (n,) of each row.
+        mask: (n, T) 1 where a remembered token stands, 0 where padding does.
+        following: (n, V) log-probabilities of what could follow.
+        cache: keys and values of all T; None where the model has no such thing.
+        scores: of each row those of its tokens from the second on, where asked for.
+    """
+
+    lengths: Tensor
+    mask: Tensor
+    following: Tensor
+    cache: Any
+    scores: list[Floats] | None
+
+
+@dataclass(frozen=True)
 class Reading:
     """Sequences that were read together.
 
     Attributes:
         numbers: which.
-        length: of each.
-        following: (n, V) log-probabilities of what could follow.
-        cache: keys and values of all their tokens; None where the model has no such thing.
-        scores: (n, T - 1) log-probabilities of their tokens from the second on, where asked for.
+        known: what is known of them, a row each.
     """
 
     numbers: list[int]
-    length: int
-    following: Tensor
-    cache: Any
-    scores: Floats | None
-
-
-@dataclass(frozen=True)
-class _Read:
-    """Rows as far as they have been read; of none at the root of all."""
-
-    following: Tensor | None = None
-    cache: Any = None
-    scores: Floats | None = None
+    known: _Known
 
 
 class CausalReader:
@@ -90,20 +101,24 @@ class CausalReader:
         self.model = model
         self.limits = limits
         self.device = model.device
+        parameters = inspect.signature(model.forward).parameters
         # Most architectures can leave out the logits that nobody wants.
-        self._chooses = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.caches = self._remembers()
+        self._chooses = "logits_to_keep" in parameters
+        self.caches, plain = self._remembers()
+        self.pads = plain and "position_ids" in parameters and not _goes_by_distance(model.config)
 
     @torch.inference_mode()
-    def _remembers(self) -> bool:
-        """Whether the model remembers keys and values, which can be copied from row to row."""
+    def _remembers(self) -> tuple[bool, bool]:
+        """Whether keys and values are remembered in rows, and whether in all layers all of them."""
         from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
         ids = torch.ones(1, 2, dtype=torch.long, device=self.device)
         out = self.model(input_ids=ids, attention_mask=ids, use_cache=True)
         cache = getattr(out, "past_key_values", None)
-        known = (DynamicLayer, DynamicSlidingWindowLayer)
-        return type(cache) is DynamicCache and all(type(layer) in known for layer in cache.layers)
+        if type(cache) is not DynamicCache:
+            return False, False
+        kinds = {type(layer) for layer in cache.layers}
+        return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}, kinds == {DynamicLayer}
 
     # -- sequences --------------------------------------------------------------------------------
 
@@ -115,56 +130,88 @@ class CausalReader:
             scores: give the log-probabilities of their tokens as well.
         """
         everything = tuple(range(len(sequences)))
-        tree = grow(sequences) if self.caches else Stem(0, everything, (), 0)
-        yield from self._below(tree, sequences, _Read(), scores)
+        tree = Stem(0, everything, (), 0)
+        if self.caches:
+            tree = grow(sequences, saves=self._pass_costs)
+        yield from self._below(tree, sequences, None, scores)
 
     def _below(
-        self, stem: Stem, sequences: Sequence[Ids], read: _Read, scores: bool
+        self, stem: Stem, sequences: Sequence[Ids], known: _Known | None, scores: bool
     ) -> Iterator[Reading]:
-        """Read what goes on from a stem, which was read as one row."""
+        """Read what goes on from a stem, of which one row is known."""
         for numbers in batches(
             stem.leaves,
-            sequences,
+            list(map(len, sequences)),
             stem.depth,
             max_tokens=self.limits.tokens,
             max_cells=self.limits.cells,
             max_rows=self.limits.rows,
+            pass_costs=self._pass_costs if self.pads else None,
         ):
-            rows = np.stack([sequences[i] for i in numbers])
-            found = self._go_on(rows[:, stem.depth :], read, scores)
-            assert found.following is not None
-            yield Reading(numbers, rows.shape[1], found.following, found.cache, found.scores)
+            rows = [sequences[i][stem.depth :] for i in numbers]
+            yield Reading(numbers, self._go_on(rows, known, scores))
         for branch in stem.branches:
-            row = sequences[branch.first][None, stem.depth : branch.depth]
-            yield from self._below(branch, sequences, self._go_on(row, read, scores), scores)
+            row = sequences[branch.first][stem.depth : branch.depth]
+            yield from self._below(branch, sequences, self._go_on([row], known, scores), scores)
 
-    def _go_on(self, rows: npt.NDArray[np.int64], read: _Read, scores: bool) -> _Read:
-        """Read rows (n, T) behind one row, or behind nothing; in pieces, for their logits' sake."""
-        ids = torch.from_numpy(np.ascontiguousarray(rows)).to(self.device)
+    def _go_on(self, rows: Sequence[Ids], known: _Known | None, scores: bool) -> _Known:
+        """Read rows behind one row, or behind nothing; in pieces, for their logits' sake."""
+        ids, sizes = self._padded(rows)
         n, length = ids.shape
-        cache = _selected(read.cache, ids.new_zeros(n))
-        following = None if read.following is None else read.following.expand(n, -1)
+        first = ids.new_zeros(n)
+        lengths = first if known is None else known.lengths[first]
+        mask = ids.new_zeros(n, 0) if known is None else known.mask[first]
+        cache = None if known is None else _selected(known.cache, first)
+        # What predicts the first token of the next piece.
+        last = None if known is None else known.following[first]
+        own = (torch.arange(length, device=self.device) < sizes[:, None]).to(mask.dtype)
+        following: Tensor | None = None
         found: list[Tensor] = []
-        size = length
-        if self.caches and (scores or not self._chooses):
-            size = max(1, _LOGITS // (n * self._vocabulary))
-        for start in range(0, length, size):
-            piece = ids[:, start : start + size]
-            logits, cache = self._forward(piece, cache, keep=0 if scores else 1)
+        for start, stop in self._pieces(sizes, scores):
+            piece = ids[:, start:stop]
+            mask = torch.cat([mask, own[:, start:stop]], 1)
+            ending = ((sizes > start) & (sizes <= stop)).nonzero()[:, 0]
+            ends, which = torch.unique(sizes[ending] - 1 - start, return_inverse=True)
+            places = lengths[:, None] + torch.arange(start, stop, device=self.device)
+            logits, cache = self._forward(piece, mask, places, cache, None if scores else ends)
             if scores:
-                if following is not None:
-                    found.append(following.gather(1, piece[:, :1]))
+                if last is not None:
+                    found.append(last.gather(1, piece[:, :1]))
                 found.append(_picked(logits[:, :-1], piece[:, 1:])[0])
-            following = logits[:, -1].log_softmax(-1)
-        if not scores:
-            return _Read(following, cache)
-        own = torch.cat(found, 1).float().cpu().numpy()
-        before = (
-            []
-            if read.scores is None
-            else [np.broadcast_to(read.scores, (n, *read.scores.shape[1:]))]
-        )
-        return _Read(following, cache, np.concatenate([*before, own], axis=1))
+                last = logits[:, -1].log_softmax(-1)
+                which = ends[which]
+            if following is None:
+                following = logits.new_zeros(n, logits.size(-1))
+            following[ending] = logits[ending, which].log_softmax(-1)
+        assert following is not None, "a row has a token at least"
+        joined = None
+        if scores:
+            # Of the first token of all there is no score.
+            counts = (sizes - (1 if known is None else 0)).tolist()
+            before = [] if known is None or known.scores is None else known.scores[:1]
+            every = torch.cat(found, 1).float().cpu().numpy()
+            joined = [
+                np.concatenate([*before, row[:count]])
+                for row, count in zip(every, counts, strict=True)
+            ]
+        return _Known(lengths + sizes, mask, following, cache, joined)
+
+    def _padded(self, rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+        """Rows with padding behind them (n, T), and the length of each (n,)."""
+        sizes = [len(row) for row in rows]
+        found = np.zeros((len(rows), max(sizes)), dtype=np.int64)
+        for row, ids in zip(found, rows, strict=True):
+            row[: len(ids)] = ids
+        return torch.from_numpy(found).to(self.device), torch.tensor(sizes, device=self.device)
+
+    def _pieces(self, sizes: Tensor, scores: bool) -> list[tuple[int, int]]:
+        """From where to where rows are read at a time; without a cache all at once."""
+        length = int(sizes.max())
+        size = length
+        few = self._chooses and not scores and int(sizes.min()) == length
+        if self.caches and not few:
+            size = max(1, _LOGITS // (len(sizes) * self._vocabulary))
+        return [(start, min(start + size, length)) for start in range(0, length, size)]
 
     # -- continuations ----------------------------------------------------------------------------
 
@@ -181,20 +228,15 @@ class CausalReader:
         Returns:
             Log-probabilities of each continuation's tokens, and whether none could be likelier.
         """
-        rows = torch.tensor([row for row, _ in asked], device=self.device)
-        first = torch.tensor([[int(ids[0])] for _, ids in asked], device=self.device)
-        following = reading.following
-        picked = following[rows].gather(1, first)[:, 0]
+        following = reading.known.following
+        rows = torch.tensor([row for row, _ in asked], dtype=torch.long, device=self.device)
+        first = torch.tensor([int(ids[0]) for _, ids in asked], device=self.device).long()
+        picked = following[rows, first]
         best = (picked >= following.amax(1)[rows]).tolist()
         found = [
             (np.array([x], dtype=np.float32), g) for x, g in zip(picked.tolist(), best, strict=True)
         ]
-        longer = [i for i, (_, ids) in enumerate(asked) if len(ids) > 1]
-        longer.sort(key=lambda i: len(asked[i][1]), reverse=True)
-        while longer:
-            width = len(asked[longer[0]][1]) - 1
-            count = self._rows_of(width, reading.length)
-            part, longer = longer[:count], longer[count:]
+        for part in self._parts(reading, [len(ids) - 1 for _, ids in asked]):
             scores, greedy = self._rest(reading, sequences, [asked[i] for i in part])
             for k, i in enumerate(part):
                 n = len(asked[i][1]) - 1
@@ -205,56 +247,87 @@ class CausalReader:
                 )
         return found
 
-    def _rows_of(self, width: int, length: int) -> int:
-        """How many continuations of `width` further tokens are read at a time."""
-        read = width if self.caches else length + width
-        return max(
-            1,
-            min(
-                self.limits.tokens // read,
-                self.limits.cells // (length + width),
-                _LOGITS // (width * self._vocabulary),
-            ),
+    def _parts(self, reading: Reading, further: Sequence[int]) -> Iterator[list[int]]:
+        """Continuations with so many further tokens each, as many as are read at a time."""
+        length = reading.known.mask.size(1)
+        most = _LOGITS // (self._vocabulary * max(1, *further))
+        yield from batches(
+            [i for i, count in enumerate(further) if count],
+            [length + count for count in further],
+            length if self.caches else 0,
+            max_tokens=self.limits.tokens,
+            max_cells=self.limits.cells,
+            max_rows=max(1, most),
+            pass_costs=self._pass_costs,
         )
 
     def _rest(
         self, reading: Reading, sequences: Sequence[Ids], asked: Sequence[tuple[int, Ids]]
     ) -> tuple[Floats, npt.NDArray[np.bool_]]:
-        """Scores of the tokens behind the first ones, the longest continuation first (n, T)."""
-        width = len(asked[0][1])
-        padded = np.zeros((len(asked), width), dtype=np.int64)
-        for k, (_, ids) in enumerate(asked):
-            padded[k, : len(ids)] = ids
-        tails = torch.from_numpy(padded).to(self.device)
+        """Scores of the tokens behind the first ones (n, T)."""
+        tails, _ = self._padded([ids for _, ids in asked])
+        targets, known = tails[:, 1:], reading.known
+        width = targets.size(1)
+        rows = torch.tensor([row for row, _ in asked], device=self.device)
+        offsets = torch.arange(width, device=self.device)
         if self.caches:
-            rows = torch.tensor([row for row, _ in asked], device=self.device)
-            logits, _ = self._forward(tails[:, :-1], _selected(reading.cache, rows))
+            mask = torch.cat([known.mask[rows], torch.ones_like(targets)], 1)
+            places = known.lengths[rows, None] + offsets
+            cache = _selected(known.cache, rows)
+            logits, _ = self._forward(tails[:, :-1], mask, places, cache, offsets)
         else:
-            heads = np.stack([sequences[reading.numbers[row]] for row, _ in asked])
-            whole = torch.cat([torch.from_numpy(heads).to(self.device), tails[:, :-1]], 1)
-            logits, _ = self._forward(whole, None, keep=width - 1)
-        scores, greedy = _picked(logits[:, -(width - 1) :], tails[:, 1:])
+            heads, _ = self._padded([sequences[reading.numbers[row]] for row, _ in asked])
+            whole = torch.cat([heads, tails[:, :-1]], 1)
+            places = torch.arange(whole.size(1), device=self.device)
+            ends = places[-width:]
+            logits, _ = self._forward(whole, torch.ones_like(whole), places, None, ends)
+        scores, greedy = _picked(logits, targets)
         return scores.float().cpu().numpy(), greedy.cpu().numpy()
 
     # -- the model --------------------------------------------------------------------------------
 
-    def _forward(self, ids: Tensor, cache: Any, *, keep: int = 0) -> tuple[Tensor, Any]:
-        """Logits of the last `keep` places at least (0: of all), and what is remembered."""
-        known = 0 if cache is None else cache.get_seq_length()
-        # Nothing is padding, not even a start symbol that the tokenizer pads with, too.
-        mask = ids.new_ones(ids.size(0), known + ids.size(1))
+    def _forward(
+        self, ids: Tensor, mask: Tensor, places: Tensor, cache: Any, keep: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        """Logits, and what is remembered then.
+
+        Args:
+            ids: (n, T).
+            mask: 1 for what is remembered and for `ids`, 0 for padding in front of them.
+            places: (n, T) positions of `ids`.
+            cache: what is remembered.
+            keep: the places in `ids` whose logits are wanted; None: all.
+        """
         more: dict[str, Any] = {"use_cache": self.caches}
         if self.caches:
             more["past_key_values"] = cache
-        if self._chooses:
-            more["logits_to_keep"] = keep
+        if self.pads:
+            more["position_ids"] = places
+        if keep is not None and self._chooses:
+            # One place at least: no model expects to be asked for nothing.
+            more["logits_to_keep"] = keep if len(keep) else 1
         out = self.model(input_ids=ids, attention_mask=mask, **more)
         logits = out.logits if out.logits.dtype == torch.float64 else out.logits.float()
+        if keep is not None and not self._chooses:
+            logits = logits[:, keep]
         return logits, out.past_key_values if self.caches else None
+
+    @property
+    def _pass_costs(self) -> int:
+        return _PASS_COSTS.get(self.device.type, _PASS_COSTS["cuda"])
 
     @property
     def _vocabulary(self) -> int:
         return int(self.model.get_output_embeddings().weight.size(0))
+
+
+def _goes_by_distance(config: Any) -> bool:
+    """Whether attention goes by distances in what is remembered, or changes with its length."""
+    config = config.get_text_config()
+    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [rotary, *(each for each in rotary.values() if isinstance(each, dict))]
+    moving = any(each.get("rope_type", each.get("type")) in _MOVING for each in kinds)
+    return moving or bool(getattr(config, "alibi", False))
 
 
 def _picked(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -247,13 +247,13 @@ class HuggingFaceModel(Model):
                 for row, number in enumerate(reading.numbers)
                 for continuation in requests[mine[number]].continuations
             ]
-            tails = iter(self.reader.go_on(reading, sequences, asked))
+            tails, known = iter(self.reader.go_on(reading, sequences, asked)), reading.known
             for row, number in enumerate(reading.numbers):
                 i = mine[number]
                 own = [next(tails) for _ in requests[i].continuations]
                 context = None
-                if reading.scores is not None:
-                    context = self._of_context(sequences[number], texts[i][1], reading.scores[row])
+                if known.scores is not None:
+                    context = self._of_context(sequences[number], texts[i][1], known.scores[row])
                 found[i] = Scores(
                     context, tuple(scores for scores, _ in own), tuple(greedy for _, greedy in own)
                 )
@@ -274,7 +274,7 @@ class HuggingFaceModel(Model):
     def _first(self) -> Any:
         """Log-probabilities (V,) of what texts may begin with."""
         (reading,) = self.reader.read([np.array([self.prefix], dtype=np.int64)])
-        return reading.following[0].float().cpu().numpy()
+        return reading.known.following[0].float().cpu().numpy()
 
     @torch.inference_mode()
     def rank(
@@ -294,8 +294,9 @@ class HuggingFaceModel(Model):
         for reading in self.reader.read([texts[i] for i in mine]):
             tokens = torch.tensor([wanted[mine[n]] for n in reading.numbers])
             tokens = tokens.to(self.reader.device)
-            own = reading.following.gather(1, tokens[:, None])
-            counted = reading.following if known is None else reading.following[:, known]
+            following = reading.known.following
+            own = following.gather(1, tokens[:, None])
+            counted = following if known is None else following[:, known]
             ranks = ((counted > own).sum(1) + 1).tolist()
             best = counted.topk(min(top, counted.size(1)), dim=1).indices
             best = best if known is None else known[best]

@@ -12,8 +12,8 @@ from itertools import pairwise
 from examples.few_shot.models.api import Ids
 from fairseq_lite.generation.branch_plan import shared_length, sort_key
 
-# A stem of fewer tokens costs as much as reading it with every sequence: it is a pass of its own,
-# and sequences behind different stems cannot be read in one batch.
+# Tokens that a stem has at least: it is a pass of its own, and sequences behind different stems
+# cannot be read in one batch.
 SHORTEST = 32
 
 
@@ -34,22 +34,23 @@ class Stem:
     first: int
 
 
-def grow(sequences: Sequence[Ids], shortest: int = SHORTEST) -> Stem:
+def grow(sequences: Sequence[Ids], shortest: int = SHORTEST, saves: int = 0) -> Stem:
     """The tree of some sequences; every one has at least one token behind its stem.
 
     Args:
         sequences: each of one token at least.
         shortest: tokens that a stem adds at least.
+        saves: tokens that need not be read again for a stem's sake at least.
     """
     order = sorted(range(len(sequences)), key=lambda i: sort_key(sequences[i]))
     shared = [
         min(shared_length(sequences[a], sequences[b]), len(sequences[a]) - 1, len(sequences[b]) - 1)
         for a, b in pairwise(order)
     ]
-    return _stem(order, shared, 0, shortest)
+    return _stem(order, shared, 0, shortest, saves)
 
 
-def _stem(order: list[int], shared: list[int], depth: int, shortest: int) -> Stem:
+def _stem(order: list[int], shared: list[int], depth: int, shortest: int, saves: int) -> Stem:
     """The stem of consecutive sequences, which have `depth` tokens in common.
 
     Args:
@@ -57,6 +58,7 @@ def _stem(order: list[int], shared: list[int], depth: int, shortest: int) -> Ste
         shared: how many tokens each has in common with the next.
         depth: where the stem ends.
         shortest: as for `grow`.
+        saves: as for `grow`.
     """
     leaves: list[int] = []
     branches = []
@@ -64,40 +66,66 @@ def _stem(order: list[int], shared: list[int], depth: int, shortest: int) -> Ste
     for end in range(1, len(order) + 1):
         if end < len(order) and shared[end - 1] >= depth + shortest:
             continue
-        if end - begin > 1:
-            inside = shared[begin : end - 1]
-            branches.append(_stem(order[begin:end], inside, min(inside), shortest))
+        inside = shared[begin : end - 1]
+        if inside and len(inside) * (min(inside) - depth) >= saves:
+            branches.append(_stem(order[begin:end], inside, min(inside), shortest, saves))
         else:
-            leaves.append(order[begin])
+            leaves += order[begin:end]
         begin = end
     return Stem(depth, tuple(leaves), tuple(branches), order[0] if order else 0)
 
 
+# Lengths that a batch has at most: how to divide n of them is found in n times so many steps.
+_KINDS = 64
+
+
 def batches(
     numbers: Sequence[int],
-    sequences: Sequence[Ids],
+    lengths: Sequence[int],
     depth: int,
     *,
     max_tokens: int,
     max_cells: int,
     max_rows: int | None,
+    pass_costs: int | None,
 ) -> Iterator[list[int]]:
-    """Sequences of equal length together, the longest first; nothing is padded.
+    """Sequences of like length together, the longest first, so that all takes the least time.
 
     Args:
         numbers: of the sequences.
-        sequences: all of them.
+        lengths: of all of them.
         depth: how many tokens of each are read already.
-        max_tokens: read at a time.
+        max_tokens: read at a time, padding included.
         max_cells: remembered at a time, those that are read already included.
         max_rows: sequences at a time; None: any number.
+        pass_costs: tokens that can be read in the time that a pass takes however few it reads.
+            None: nothing may be padded.
     """
-    by_length: dict[int, list[int]] = {}
-    for number in numbers:
-        by_length.setdefault(len(sequences[number]), []).append(number)
-    for length in sorted(by_length, reverse=True):
-        rows = max(1, min(max_tokens // max(1, length - depth), max_cells // length))
-        rows = min(rows, max_rows or rows)
-        members = by_length[length]
-        for start in range(0, len(members), rows):
-            yield members[start : start + rows]
+
+    def rows(longest: int) -> int:
+        """How many sequences are read at a time, if they are so long."""
+        read = max(longest - depth, 1)
+        return max(1, min(max_tokens // read, max_cells // max(longest, 1), max_rows or len(order)))
+
+    order = sorted(numbers, key=lengths.__getitem__, reverse=True)
+    # Where each length begins, and the end of all.
+    starts = [i for i, n in enumerate(order) if not i or lengths[n] < lengths[order[i - 1]]]
+    starts.append(len(order))
+    # For every length the least cost of those before it, and where its last batches begin.
+    best: list[tuple[int, int]] = [(0, 0)]
+    for end in range(1, len(starts)):
+        first = end - 1 if pass_costs is None else max(0, end - _KINDS)
+        found = []
+        for begin in range(first, end):
+            longest, count = lengths[order[starts[begin]]], starts[end] - starts[begin]
+            passes = -(-count // rows(longest))
+            cost = passes * (pass_costs or 0) + count * (longest - depth)
+            found.append((best[begin][0] + cost, begin))
+        best.append(min(found))
+    cuts = [len(starts) - 1]
+    while cuts[-1]:
+        cuts.append(best[cuts[-1]][1])
+    for begin, end in pairwise(reversed(cuts)):
+        step = rows(lengths[order[starts[begin]]])
+        for start in range(starts[begin], starts[end], step):
+            yield order[start : min(start + step, starts[end])]
