@@ -21,7 +21,7 @@ import pytest
 from examples.few_shot.scheduling.schedule import LOG, schedule_experiment_jobs
 from examples.few_shot.scheduling.settings import ModelSettings, TaskSettings
 from examples.few_shot.scripts.experiments import schedule_jobs_few_shot as base
-from fairseq_lite.errors import ConfigError, FliteError
+from fairseq_lite.errors import ConfigError, DataError, FliteError
 from fairseq_lite_cli.alive import Process
 from tests.helpers.commands import REPOSITORY
 from tests.helpers.few_shot import write_copa
@@ -156,6 +156,23 @@ def test_one_jobs_failure_stops_no_other_and_the_status_tells(
     said = capfd.readouterr().out
     assert "skipped   copa.random | 1 evaluation(s) are complete" in said
     assert "[1/1] failed    rte.random" in said
+
+
+def test_a_folder_that_cannot_be_written_fails_its_job_alone(data: Path, tmp_path: Path):
+    words = ["-t", "copa", "-m", "random", "majority", "--data-dir", data, "-o"]
+    # A file stands where one job's results are to go.
+    for name, where in (("local", ["--local"]), ("debug", ["--slurm-executor", "debug"])):
+        out = tmp_path / name
+        out.mkdir()
+        (out / "copa_random_fs.0_t5_smpl.All_current").write_text("a file")
+        infos = schedule(*words, out, *where)
+        assert [info["state"] for info in infos] == ["failed", "completed"]
+        assert ".submitted: cannot be written: " in infos[0]["error"]
+        assert [one["state"] for one in logged(out)] == ["failed", "completed"]
+    out = tmp_path / "log"
+    (out / LOG).mkdir(parents=True)
+    with pytest.raises(DataError, match=f"{LOG}: cannot be written: Is a directory"):
+        schedule(*words, out, "--local")
 
 
 def test_only_what_is_missing_is_evaluated(data: Path, tmp_path: Path):

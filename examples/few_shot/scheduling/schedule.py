@@ -307,9 +307,16 @@ class _Run:
         """Take what is still to be done of a job: others may work in the same folders."""
         (status,) = look([job], override=self.override, recalculate=self.recalculate)
         mine = []
-        for each in status.todo:
-            if submissions.claim(each, Submission.of_process(job.name)):
-                mine.append(each)
+        try:
+            for each in status.todo:
+                if submissions.claim(each, Submission.of_process(job.name)):
+                    mine.append(each)
+        except DataError as e:  # its folder cannot be written to; those of others perhaps can
+            submissions.release(mine)
+            info.update(state=FAILED, error=str(e))
+            self._log(info)
+            self._say("failed", info, str(e))
+            return []
         if not mine:
             info.update(current_status=SKIP, state=SUBMITTED if status.submitted else DONE)
             self._say("skipped", info, "somebody else was faster")
@@ -402,6 +409,7 @@ class _Run:
     # -- what is written
 
     def _make_folder(self) -> None:
+        check_folder(self.output)
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -410,11 +418,15 @@ class _Run:
     def _log(self, info: Mapping[str, Any]) -> None:
         """Append what became of a job; lines of several processes do not mix."""
         line = json.dumps({"time": submissions.now(), **info}, ensure_ascii=False) + "\n"
-        handle = os.open(self.output / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        path = self.output / LOG
         try:
-            os.write(handle, line.encode())
-        finally:
-            os.close(handle)
+            handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                os.write(handle, line.encode())
+            finally:
+                os.close(handle)
+        except OSError as e:
+            raise DataError(f"{path}: cannot be written: {e.strerror}") from None
 
 
 def _why_nothing(job: Job, status: Status, recalculate: bool) -> str:
