@@ -48,8 +48,9 @@ def kind(name: str) -> Any:
 
 
 def test_every_known_task_is_there() -> None:
-    assert set(KNOWN) <= set(TASKS.names())
-    assert set(TASKS.names()) - set(KNOWN) == set(GROUPS["blimp"])
+    # Other tests register tasks of their own.
+    shipped = {name for name in TASKS.names() if kind(name).__module__.startswith("examples.")}
+    assert shipped == {*KNOWN, *GROUPS["blimp"]}
 
 
 def test_groups_hold_their_tasks() -> None:
