@@ -157,7 +157,7 @@ def run_evaluations_from_model_name(model_name: str, **kwargs: Any) -> list[dict
     options = planned[0].options
     left = tuple(planned)
     if options.skip_completed and not options.recalc_metrics_from_predictions:
-        left = unfinished(planned, options)
+        left = unfinished(planned)
     if left:
         run_planned(left)
     return [results.read_results(each.results_file) for each in planned]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import glob
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from examples.few_shot import results
+from examples.few_shot import model_configs, results
 from examples.few_shot.files import data_root
 from examples.few_shot.options import EvaluationOptions
 from examples.few_shot.predictors.api import predictor_type
@@ -19,42 +20,84 @@ from fairseq_lite.errors import DataError
 logger = logging.getLogger(__name__)
 
 
-def unfinished(
-    planned: Sequence[PlannedEvaluation], options: EvaluationOptions
-) -> tuple[PlannedEvaluation, ...]:
-    """Evaluations of one model that have no complete results, or results of other files.
+def unfinished(planned: Sequence[PlannedEvaluation]) -> tuple[PlannedEvaluation, ...]:
+    """Evaluations that are not done."""
+    left = tuple(each for each in planned if not is_done(each))
+    if len(left) < len(planned):
+        logger.info("%d of %d evaluations are complete", len(planned) - len(left), len(planned))
+    return left
 
-    Where a checkpoint or a data file is gone, its results are kept.
+
+def is_done(planned: PlannedEvaluation) -> bool:
+    """Whether complete results are there, made with this checkpoint and these data.
+
+    Files are read only where they have changed since the results were written. Where a checkpoint
+    or a data file is gone, its results are kept.
     """
-    model = None
-    there = [each for each in planned if results.is_complete(each)]
-    if there and predictor_type(options.predictor_name).needs_model:
-        from examples.few_shot.models.loading import digest_of_files
-
-        model = digest_of_files(planned[0].model, options)
-    done = {each.results_file for each in there if _is_of_these_files(each, model)}
-    if done:
-        logger.info("%d of %d evaluations are complete", len(done), len(planned))
-    return tuple(each for each in planned if each.results_file not in done)
-
-
-def _is_of_these_files(planned: PlannedEvaluation, model: str | None) -> bool:
+    if not results.is_complete(planned):
+        return False
     found = results.read_results(planned.results_file)
-    if model not in (None, found["model"].get("sha256")):
-        logger.warning("%s: was made with another checkpoint; made anew", planned.results_file.name)
-        return False
-    try:
-        data = data_digests(planned)
-    except DataError:
-        return True
-    if found.get("data", data) != data:
-        logger.warning("%s: was made with other data; made anew", planned.results_file.name)
-        return False
+    since = planned.results_file.stat().st_mtime_ns
+    for what, changed in (
+        (
+            "another checkpoint",
+            _other_model(planned, (found.get("model") or {}).get("sha256"), since),
+        ),
+        ("other data", _other_data(planned, found.get("data"), since)),
+    ):
+        if changed:
+            logger.warning("%s: was made with %s; made anew", planned.results_file.name, what)
+            return False
     return True
 
 
-def data_digests(planned: PlannedEvaluation) -> Mapping[str, str]:
-    """SHA-256 of the files that samples come from, by what they are for.
+def _other_model(planned: PlannedEvaluation, digest: str | None, since: int) -> bool:
+    if not predictor_type(planned.options.predictor_name).needs_model:
+        return False
+    config = model_configs.get_model_config(planned.model)
+    path = planned.model if config is None else model_configs.path_of(config)
+    changed = max((_changed(each) for name in path.split(":") for each in _near(name)), default=0)
+    if changed <= since:
+        return False
+    now = _digest_of_model(planned.model, planned.options, changed)
+    return now is not None and now != digest
+
+
+@functools.lru_cache(maxsize=64)
+def _digest_of_model(name: str, options: EvaluationOptions, changed: int) -> str | None:
+    from examples.few_shot.models.loading import digest_of_files
+
+    return digest_of_files(name, options)
+
+
+def _near(name: str) -> list[Path]:
+    """The files that a model of this name may be made of."""
+    path = Path(name)
+    if path.is_dir():
+        return list(path.iterdir())
+    return list(path.parent.glob(f"{glob.escape(path.stem)}*")) if path.parent.is_dir() else []
+
+
+def _changed(path: Path) -> int:
+    """When a file was written, or put where it is."""
+    try:
+        state = path.stat()
+    except OSError:
+        return 0
+    return max(state.st_mtime_ns, state.st_ctime_ns)
+
+
+def _other_data(planned: PlannedEvaluation, digests: object, since: int) -> bool:
+    try:
+        if all(_changed(path) <= since for path in data_files(planned).values()):
+            return False
+        return digests is not None and digests != data_digests(planned)
+    except DataError:
+        return False
+
+
+def data_files(planned: PlannedEvaluation) -> Mapping[str, Path]:
+    """The files that samples come from, by what they are for.
 
     Raises:
         DataError: a file is missing.
@@ -69,8 +112,17 @@ def data_digests(planned: PlannedEvaluation) -> Mapping[str, str]:
     for name, (set_name, language) in sets.items():
         if set_name is not None:
             task = build_task(planned.task, planned.task_options, language=language, data_dir=root)
-            found[name] = _digest(task.path(set_name))
+            found[name] = task.path(set_name)
     return found
+
+
+def data_digests(planned: PlannedEvaluation) -> Mapping[str, str]:
+    """SHA-256 of `data_files`.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    return {name: _digest(path) for name, path in data_files(planned).items()}
 
 
 def _digest(path: Path) -> str:
@@ -82,7 +134,7 @@ def _digest(path: Path) -> str:
     return _digest_of_file(path, state.st_size, state.st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=512)
 def _digest_of_file(path: Path, size: int, modified: int) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -73,3 +73,19 @@ def test_the_english_tasks(model: str, folder: Path, tmp_path: Path) -> None:
     assert again.count("| k=0 |") == 0
     stamps = {path: path.stat().st_mtime_ns for path in files}
     assert stamps == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*_results.json")}
+
+
+def test_a_checkpoint_that_was_trained_on_is_scheduled_again(folder: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model.pt"
+    words = [SCRIPT, "-t", "copa", "-m", model, "--nshot", "0", "-o", tmp_path / "out", "--local"]
+    model.write_bytes((folder / "125M_gpt3_setting" / "checkpoint_last.pt").read_bytes())
+    assert run(folder, "copa", *words).count("| k=0 |") == 1
+    assert run(folder, "copa", *words).count("| k=0 |") == 0
+    # Moved there, it keeps the time it was written at.
+    other = folder / "tiny_multi_moe"
+    for path in other.glob("checkpoint_last*.pt"):
+        (tmp_path / path.name.replace("checkpoint_last", "new")).write_bytes(path.read_bytes())
+    model.unlink()
+    for path in tmp_path.glob("new*.pt"):
+        path.rename(tmp_path / path.name.replace("new", "model"))
+    assert run(folder, "copa", *words).count("| k=0 |") == 1

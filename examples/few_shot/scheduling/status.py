@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from examples.few_shot import results
+from examples.few_shot import stale
 from examples.few_shot.scheduling import submissions
 from examples.few_shot.scheduling.plan import Job
 from examples.few_shot.scheduling.submissions import Submission
@@ -38,7 +38,7 @@ def look(jobs: Sequence[Job], *, override: bool = False, recalculate: bool = Fal
         recalculate: only compute metrics again, where there are results.
     """
     every = [each for job in jobs for each in job.evaluations]
-    complete = {each.results_file for each in every if results.is_complete(each)}
+    complete = {each.results_file for each in every if stale.is_done(each)}
     marks = {each.results_file: submissions.read(each) for each in every}
     alive = submissions.living(mark for mark in marks.values() if mark is not None)
     busy = {file: mark for file, mark in marks.items() if mark is not None and mark in alive}

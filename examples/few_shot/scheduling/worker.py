@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from examples.few_shot import results
+from examples.few_shot import stale
 from examples.few_shot.options import EvaluationOptions
 from examples.few_shot.predictors.api import predictor_type
 from examples.few_shot.scheduling.plan import Job
@@ -95,7 +95,7 @@ def execute(order: Order, *, ranks: int = 1) -> list[str]:
     """
     planned = order.planned()
     if not order.override and not order.recalculate:
-        planned = [each for each in planned if not results.is_complete(each)]
+        planned = [each for each in planned if not stale.is_done(each)]
     errors: list[str] = []
     if len(planned) > 1 and not order.recalculate:
         planned = _with_data(planned, errors)
