@@ -334,6 +334,8 @@ class GenerationConfig:
             raise ConfigError(f"--beam {self.beam}: expected 1 or more")
         if self.nbest < 1 or self.nbest > self.beam:
             raise ConfigError(f"--nbest {self.nbest}: expected 1 to --beam {self.beam}")
+        if self.prefix_size < 0:
+            raise ConfigError(f"--prefix-size {self.prefix_size}: expected 0 or more")
         if self.temperature <= 0:
             raise ConfigError(f"--temperature {self.temperature}: expected more than 0")
         if not self.sampling and (self.sampling_topk > 0 or self.sampling_topp > 0):

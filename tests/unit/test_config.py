@@ -261,3 +261,8 @@ def test_registering_a_config_that_is_not_frozen_is_refused():
     with pytest.raises(PluginError, match="frozen dataclass"):
         Registry("task", "--task").register("t", config=Loose)(build)
     assert dataclasses.fields(NoConfig) == ()
+
+
+def test_a_prefix_has_no_negative_size():
+    with pytest.raises(ConfigError, match="--prefix-size -1: expected 0 or more"):
+        core.GenerationConfig(prefix_size=-1)
