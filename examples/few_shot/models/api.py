@@ -149,8 +149,3 @@ class Model(ABC):
     def agree(self, value: Any) -> Any:
         """The first process's value, in every process that shares the model."""
         return value
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files; of several that share a model, one does."""
-        return True

@@ -153,10 +153,6 @@ class FliteModel(Model):
     def agree(self, value: Any) -> Any:
         return self.world.broadcast_object(value)
 
-    @property
-    def is_main(self) -> bool:
-        return self.world.is_main
-
 
 def _from(done: int, progress: Progress) -> Progress:
     """Progress behind what is done already."""

@@ -402,10 +402,6 @@ class HuggingFaceModel(Model):
     def agree(self, value: Any) -> Any:
         return self.world.broadcast_object(value)
 
-    @property
-    def is_main(self) -> bool:
-        return self.world.is_main
-
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
