@@ -60,6 +60,23 @@ class Question:
     parent: FewShotSample
 
 
+class Tasks:
+    """The tasks of several evaluations: what some of them share reads its files once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str, str | None, Path], FewShotTask] = {}
+
+    def of(self, planned: PlannedEvaluation, language: str | None) -> FewShotTask:
+        """The task of an evaluation, in a language."""
+        root = data_root(planned.options.data_dir)
+        key = (planned.task, repr(planned.task_options), language, root)
+        if key not in self._known:
+            self._known[key] = build_task(
+                planned.task, planned.task_options, language=language, data_dir=root
+            )
+        return self._known[key]
+
+
 class Evaluation:
     """One evaluation, from its data files to its results.
 
@@ -67,22 +84,26 @@ class Evaluation:
         planned: which.
         model: what is evaluated; None where the predictor needs none.
         is_main: whether this process writes.
+        tasks: those of the evaluations that are made together.
 
     Raises:
         DataError: a data file is missing or damaged.
     """
 
     def __init__(
-        self, planned: PlannedEvaluation, model: Model | None, *, is_main: bool = True
+        self,
+        planned: PlannedEvaluation,
+        model: Model | None,
+        *,
+        is_main: bool = True,
+        tasks: Tasks | None = None,
     ) -> None:
         self.planned = planned
         self.model = model
         self.is_main = is_main
         options = planned.options
-        root = data_root(options.data_dir)
-        self.task: FewShotTask = build_task(
-            planned.task, planned.task_options, language=planned.language, data_dir=root
-        )
+        self._tasks = Tasks() if tasks is None else tasks
+        self.task = self._tasks.of(planned, planned.language)
         self.template: FewShotTemplate = build_template(
             planned.template,
             planned.template_options,
@@ -91,9 +112,9 @@ class Evaluation:
         )
         self.samples = self._eval_samples()
         self.pool = self._other_samples(
-            root, planned.train_set if planned.k else None, planned.train_lang
+            planned.train_set if planned.k else None, planned.train_lang
         )
-        self.counted = self._other_samples(root, planned.valid_set, planned.valid_lang)
+        self.counted = self._other_samples(planned.valid_set, planned.valid_lang)
         self.questions = [
             Question(f"{i}.{j}" if sample.subproblems else str(i), question, sample)
             for i, sample in enumerate(self.samples)
@@ -105,16 +126,9 @@ class Evaluation:
         found = self.task.samples(self.planned.eval_set)
         return found[: self.planned.options.n_eval_samples or None]
 
-    def _other_samples(
-        self, root: Path, set_name: str | None, language: str | None
-    ) -> Sequence[FewShotSample]:
+    def _other_samples(self, set_name: str | None, language: str | None) -> Sequence[FewShotSample]:
         """Samples of another set: in another language where --TASK-train-lang says so."""
-        if set_name is None:
-            return ()
-        task = build_task(
-            self.planned.task, self.planned.task_options, language=language, data_dir=root
-        )
-        return task.samples(set_name)
+        return () if set_name is None else self._tasks.of(self.planned, language).samples(set_name)
 
     def run(self) -> dict[str, Any]:
         """Evaluate, and write what comes out; trials that are there already are read."""

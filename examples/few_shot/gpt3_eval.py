@@ -205,23 +205,27 @@ def prepare_rank() -> None:
 
 
 def _without_model(work: _Work, options: EvaluationOptions) -> None:
-    from examples.few_shot.evaluation import Evaluation
+    from examples.few_shot.evaluation import Evaluation, Tasks
 
+    tasks = Tasks()
     for each in work.planned:
-        evaluation = Evaluation(each, None)
+        evaluation = Evaluation(each, None, tasks=tasks)
         again = options.recalc_metrics_from_predictions
         _report(each, evaluation.recalculated() if again else evaluation.run())
 
 
 def _with_model(work: _Work, world: Any) -> None:
     """Evaluate, as one process of `world`."""
-    from examples.few_shot.evaluation import Evaluation
+    from examples.few_shot.evaluation import Evaluation, Tasks
     from examples.few_shot.models.loading import load_model
 
     if not world.is_main:  # the first says what all have to say
         logging.getLogger().setLevel(logging.ERROR)
     # Data first: a missing file is told before minutes of loading.
-    evaluations = [Evaluation(each, None, is_main=world.is_main) for each in work.planned]
+    tasks = Tasks()
+    evaluations = [
+        Evaluation(each, None, is_main=world.is_main, tasks=tasks) for each in work.planned
+    ]
     model = load_model(work.model_name, work.planned[0].options, world)
     for evaluation in evaluations:
         evaluation.model = model

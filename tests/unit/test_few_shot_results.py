@@ -13,6 +13,7 @@ from examples.few_shot import gpt3_eval, results
 from examples.few_shot.evaluation import Evaluation
 from examples.few_shot.models.dummy import DummyModel
 from examples.few_shot.settings import PlannedEvaluation, plan
+from examples.few_shot.tasks.copa import COPA
 from fairseq_lite.errors import ConfigError, DataError
 
 
@@ -356,3 +357,16 @@ def test_results_of_other_data_are_made_anew(data: Path, caplog: pytest.LogCaptu
     path.unlink()
     (kept,) = gpt3_eval.run_evaluations_from_model_name("random", skip_completed=True, **values)
     assert kept == again
+
+
+def test_evaluations_that_are_made_together_read_a_file_once(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    plain = COPA.rows
+    monkeypatch.setattr(COPA, "rows", lambda self, path: read.append(path) or plain(self, path))
+    gpt3_eval.run_evaluations_from_model_name(
+        "random", tasks="copa", nb_few_shot_samples_values=[0, 1, 2], data_dir=str(data),
+        results_dir=str(data.parent / "out"), predictor_name="random",
+    )  # fmt: skip
+    assert sorted(path.name for path in read) == ["train.jsonl", "val.jsonl"]

@@ -106,12 +106,13 @@ def execute(order: Order, *, ranks: int = 1) -> list[str]:
 
 def _with_data(planned: Sequence[PlannedEvaluation], errors: list[str]) -> list[PlannedEvaluation]:
     """Those whose data files can be read: otherwise one missing file would stop all of a job."""
-    from examples.few_shot.evaluation import Evaluation
+    from examples.few_shot.evaluation import Evaluation, Tasks
 
     found = []
+    tasks = Tasks()
     for each in planned:
         try:
-            Evaluation(each, None)
+            Evaluation(each, None, tasks=tasks)
         except FliteError as e:
             errors.append(str(e))
         else:
