@@ -50,10 +50,13 @@ class FewShotSample:
 
     def __getitem__(self, key: str) -> Any:
         try:
-            return self.data[key]
+            found = self.data[key]
         except KeyError:
             known = ", ".join(sorted(self.data))
             raise DataError(f"{self.where}: there is no field {key!r}; it has {known}") from None
+        if found is None:
+            raise DataError(f"{self.where}: field {key!r} is null")
+        return found
 
     def get(self, key: str, default: Any = None) -> Any:
         """A field, or what stands for it where there is none."""

@@ -370,3 +370,10 @@ def test_evaluations_that_are_made_together_read_a_file_once(
         results_dir=str(data.parent / "out"), predictor_name="random",
     )  # fmt: skip
     assert sorted(path.name for path in read) == ["train.jsonl", "val.jsonl"]
+
+
+def test_a_field_that_is_null_is_named(data: Path) -> None:
+    path = data / "COPA" / "val.jsonl"
+    path.write_text(json.dumps({**rows(1)[0], "premise": None}) + "\n")
+    with pytest.raises(DataError, match=r"val.jsonl:1: field 'premise' is null"):
+        evaluate(planned(data))

@@ -23,7 +23,7 @@ class CrowSPairsPromptTemplate(CrowSPairsTemplate):
     """What the sentence was written after, and the sentence: `prompt::` calibrates it."""
 
     def encode(self, sample: FewShotSample) -> str:
-        if sample["prompt"] is None:
+        if sample.get("prompt") is None:
             raise DataError(f"{sample.where}: needs prompts.csv beside its file")
         return " ".join(filter(None, [sample["prompt"], MASK]))
 
