@@ -214,6 +214,8 @@ def _plan_task(
     if chosen is None:
         raise ConfigError(f"{name} has no files of its own: say {flag_of(name, 'eval_set')} FILE")
     sets = as_names(chosen, f"{name}_eval_set")
+    for each in sets:
+        _check_set(name, each)
     languages: tuple[str | None, ...] = (None,)
     if kind.languages:
         languages = as_names(
@@ -340,6 +342,8 @@ def _shots_from(
             f"{name} has no training set: say {flag_of(name, 'train_set')} SET_OR_FILE, or ask for"
             " 0 shots"
         )
+    if train_set is not None and (k or "train_set" in said):
+        _check_set(name, train_set)
     train_lang = None
     if kind.languages:
         train_lang = said.get("train_lang", options.any_train_lang or language)
@@ -366,6 +370,7 @@ def _counted(
             f"{flag_of(name, 'valid_set')}: only --predictor-name majorityclass reads"
             " it; leave it out"
         )
+    _check_set(name, valid_set)
     if not kind.languages:
         return valid_set, None
     valid_lang = said.get("valid_lang", options.any_valid_lang or language)
@@ -397,6 +402,15 @@ def _calibrations(name: str, options: EvaluationOptions, said: Mapping[str, Any]
     for option in found:
         calibration.replacements(option)
     return found
+
+
+def _check_set(name: str, set_name: str) -> None:
+    """Refuse what is neither a set nor looks like a file, which may be on another machine."""
+    known = task_type(name).sets
+    if set_name not in known and not {"/", "."} & set(set_name) and not Path(set_name).exists():
+        raise ConfigError(
+            f"{name}: no set and no file {set_name!r}; its sets are {', '.join(known) or 'none'}"
+        )
 
 
 def _check_language(name: str, kind: Any, language: str | None) -> None:

@@ -134,6 +134,8 @@ def test_a_set_is_the_task_s_own_or_that_for_all() -> None:
         ({"tasks": "xcopa", "xcopa_valid_lang": "it"}, "say --xcopa-valid-set SET_OR_FILE, too"),
         ({"compute_vocab_dist": True}, "copa ranks no word of the vocabulary"),
         ({"beam_size": 4}, "--beam-size 4: these tasks choose among candidates"),
+        ({"copa_train_set": "nope", "nb_few_shot_samples_values": 0}, "no set and no file 'nope'"),
+        ({"copa_eval_set": ["val", "dev"]}, "no set and no file 'dev'; its sets are train, val"),
         ({"predictor_name": "oracle"}, "--predictor-name oracle: unknown predictor"),
         ({"n_eval_samples": 2.5}, "n_eval_samples = 2.5: expected a whole number"),
     ],
