@@ -17,7 +17,12 @@ from typing import Any
 from examples.few_shot import results
 from examples.few_shot.options import default_options
 from examples.few_shot.scheduling import slurm, submissions
-from examples.few_shot.scheduling.arguments import SLURM_FLAGS, checked, typed_of
+from examples.few_shot.scheduling.arguments import (
+    SLURM_FLAGS,
+    checked,
+    get_argparser,
+    typed_of,
+)
 from examples.few_shot.scheduling.local import Pool
 from examples.few_shot.scheduling.machine import Machine, share
 from examples.few_shot.scheduling.plan import SHOTS, Job, Levels, Split, plan_jobs
@@ -135,6 +140,35 @@ def _slurm_remarks(args: argparse.Namespace, models: Mapping[str, ModelSettings]
             own = None if field is None else getattr(model, field)
             if own is not None and own != getattr(args, name):
                 yield f"{flag} gives way to model setting {key}: {own!r}"
+
+
+def schedule_command(
+    description: str,
+    task_run_groups: Mapping[str, Any],
+    available_tasks_settings: Mapping[str, Any],
+    model_run_groups: Mapping[str, Any],
+    available_model_settings: Mapping[str, Any],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """What a script does that changes no default: read the command line, schedule, give the status.
+
+    Args:
+        description: what `-h` says it is.
+        task_run_groups: see `schedule_experiment_jobs`, as the next three.
+        available_tasks_settings: settings of tasks.
+        model_run_groups: groups of models.
+        available_model_settings: settings of models.
+        argv: the words; those of this process by default.
+    """
+    settings = (
+        task_run_groups,
+        available_tasks_settings,
+        model_run_groups,
+        available_model_settings,
+    )
+    args = get_argparser(description, *settings).parse_args(argv)
+    _, infos = schedule_experiment_jobs(args, *settings)
+    return exit_status(infos)
 
 
 def exit_status(infos: Sequence[Mapping[str, Any]]) -> int:

@@ -20,6 +20,7 @@ from examples.few_shot.scheduling.arguments import arg_modify_default, get_argpa
 from examples.few_shot.scheduling.schedule import (
     exit_status,
     run_script,
+    schedule_command,
     schedule_experiment_jobs,
 )
 from examples.few_shot.scheduling.settings import ModelSettings, TaskSettings
@@ -28,7 +29,8 @@ from examples.few_shot.tasks.api import GROUPS, TASKS, task_type
 __all__ = [
     "ModelSettings", "TaskSettings", "arg_modify_default", "default_model_run_groups",
     "default_model_settings", "default_task_run_groups", "default_tasks_settings", "exit_status",
-    "get_argparser", "run_script", "schedule_experiment_jobs",
+    "get_argparser", "run_script", "schedule_command",
+    "schedule_experiment_jobs",
 ]  # fmt: skip
 
 
@@ -114,15 +116,14 @@ default_task_run_groups = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and schedule; returns the exit status."""
-    settings = (
+    return schedule_command(
+        "Schedule few-shot jobs.",
         default_task_run_groups,
         default_tasks_settings,
         default_model_run_groups,
         default_model_settings,
+        argv,
     )
-    args = get_argparser("Schedule few-shot jobs.", *settings).parse_args(argv)
-    _, infos = schedule_experiment_jobs(args, *settings)
-    return exit_status(infos)
 
 
 if __name__ == "__main__":

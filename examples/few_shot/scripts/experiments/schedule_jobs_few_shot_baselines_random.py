@@ -18,10 +18,8 @@ from examples.few_shot.scripts.experiments.schedule_jobs_few_shot import (
     default_model_settings,
     default_task_run_groups,
     default_tasks_settings,
-    exit_status,
-    get_argparser,
     run_script,
-    schedule_experiment_jobs,
+    schedule_command,
 )
 from examples.few_shot.tasks.api import task_type
 
@@ -41,16 +39,14 @@ task_run_groups = {"all": _CHOICE, "rai": default_task_run_groups["rai"]}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and schedule; returns the exit status."""
-    settings = (
+    return schedule_command(
+        "Baselines that ask no model.",
         task_run_groups,
         available_tasks_settings,
         model_run_groups,
         available_model_settings,
+        argv,
     )
-    parser = get_argparser("Baselines that ask no model.", *settings)
-    args = parser.parse_args(argv)
-    _, infos = schedule_experiment_jobs(args, *settings)
-    return exit_status(infos)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,8 @@ from examples.few_shot.scripts.experiments.schedule_jobs_few_shot import (
     default_model_settings,
     default_task_run_groups,
     default_tasks_settings,
-    exit_status,
-    get_argparser,
     run_script,
-    schedule_experiment_jobs,
+    schedule_command,
 )
 from examples.few_shot.tasks.api import task_type
 
@@ -93,16 +91,14 @@ task_run_groups.update(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and schedule; returns the exit status."""
-    settings = (
+    return schedule_command(
+        "Few-shot evaluation of English tasks.",
         task_run_groups,
         available_tasks_settings,
         model_run_groups,
         available_model_settings,
+        argv,
     )
-    parser = get_argparser("Few-shot evaluation of English tasks.", *settings)
-    args = parser.parse_args(argv)
-    _, infos = schedule_experiment_jobs(args, *settings)
-    return exit_status(infos)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,8 @@ from examples.few_shot.scripts.experiments.schedule_jobs_few_shot import (
     TaskSettings,
     default_model_run_groups,
     default_model_settings,
-    exit_status,
-    get_argparser,
     run_script,
-    schedule_experiment_jobs,
+    schedule_command,
 )
 
 available_model_settings = default_model_settings.copy()
@@ -45,16 +43,14 @@ task_run_groups = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and schedule; returns the exit status."""
-    settings = (
+    return schedule_command(
+        "Responsible AI: fairness and inclusion.",
         task_run_groups,
         available_tasks_settings,
         model_run_groups,
         available_model_settings,
+        argv,
     )
-    parser = get_argparser("Responsible AI: fairness and inclusion.", *settings)
-    args = parser.parse_args(argv)
-    _, infos = schedule_experiment_jobs(args, *settings)
-    return exit_status(infos)
 
 
 if __name__ == "__main__":
