@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -179,3 +180,19 @@ def read_rows(path: Path) -> Iterator[Row]:
         known = ", ".join(READERS)
         raise DataError(f"{path}: expected a name that ends in {known} (or these with .gz, .xz)")
     yield from READERS[kind](path)
+
+
+def sha256_of(path: Path) -> str:
+    """The digest of a file's contents, which are never in memory whole.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    found = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 22):
+                found.update(piece)
+    except OSError as e:
+        raise DataError(f"{path}: {e.strerror}") from None
+    return found.hexdigest()

@@ -51,17 +51,23 @@ def read_results(path: Path) -> dict[str, Any]:
     return found
 
 
-def is_complete(planned: PlannedEvaluation) -> bool:
-    """Whether the results of an evaluation are there, whole, and made with the same settings."""
+def complete(planned: PlannedEvaluation) -> dict[str, Any] | None:
+    """The results of an evaluation, if they are whole and made with the same settings."""
     try:
         found = read_results(planned.results_file)
     except DataError:
-        return False
-    return (
+        return None
+    whole = (
         found.get("complete") is True
         and found.get("format") == FORMAT
         and found.get("settings") == strict(planned.settings)
     )
+    return found if whole else None
+
+
+def is_complete(planned: PlannedEvaluation) -> bool:
+    """Whether the results of an evaluation are there, whole, and made with the same settings."""
+    return complete(planned) is not None
 
 
 # -- predictions

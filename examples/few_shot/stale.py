@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from examples.few_shot import model_configs, results
-from examples.few_shot.files import data_root
+from examples.few_shot.files import data_root, sha256_of
 from examples.few_shot.options import EvaluationOptions
 from examples.few_shot.predictors.api import predictor_type
 from examples.few_shot.settings import PlannedEvaluation
@@ -34,9 +34,9 @@ def is_done(planned: PlannedEvaluation) -> bool:
     Files are read only where they have changed since the results were written. Where a checkpoint
     or a data file is gone, its results are kept.
     """
-    if not results.is_complete(planned):
+    found = results.complete(planned)
+    if found is None:
         return False
-    found = results.read_results(planned.results_file)
     since = planned.results_file.stat().st_mtime_ns
     for what, changed in (
         (
@@ -136,7 +136,4 @@ def _digest(path: Path) -> str:
 
 @functools.lru_cache(maxsize=512)
 def _digest_of_file(path: Path, size: int, modified: int) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as e:
-        raise DataError(f"{path}: {e.strerror}") from None
+    return sha256_of(path)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from examples.few_shot.files import sha256_of
 from fairseq_lite.training.checkpoint.parts import readable_files
 
 
@@ -18,7 +19,8 @@ def checkpoint_files(path: str) -> list[Path]:
 def identity_of(found: Sequence[Path]) -> dict[str, Any]:
     """Names, sizes and SHA-256 of files, and one digest of them all."""
     files = [
-        {"name": file.name, "size": file.stat().st_size, "sha256": _digest(file)} for file in found
+        {"name": file.name, "size": file.stat().st_size, "sha256": sha256_of(file)}
+        for file in found
     ]
     whole = hashlib.sha256("".join(str(each["sha256"]) for each in files).encode()).hexdigest()
     return {"files": files, "sha256": whole}
@@ -30,11 +32,3 @@ def _files(path: Path) -> list[Path]:
             if found := readable_files(path / name):
                 return sorted(found.values())
     return sorted(readable_files(path).values()) or [path]
-
-
-def _digest(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            found.update(piece)
-    return found.hexdigest()
