@@ -27,6 +27,15 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
+def pytest_collection_finish() -> None:
+    """What one module of tests registers when it is imported, all others would find."""
+    if "fairseq_lite.registry" in sys.modules:
+        from tests.helpers.registered import of_tests
+
+        if found := of_tests():
+            raise pytest.UsageError(f"registered for every test: {'; '.join(found)}")
+
+
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder of toy sentences (200 / 20 / 20), made by flite-preprocess."""

@@ -1,7 +1,7 @@
 """The same prompts for our evaluator and for lm-evaluation-harness, made of public rows.
 
 A row is a text, the options that could follow it, and the number of the right one; nothing is put
-between the two. `parity` is the task of such rows.
+between the two. `parity` is the task of such rows, registered while it is asked for.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from examples.few_shot.settings import plan
 from examples.few_shot.tasks.api import TASKS, FewShotTask
 from examples.few_shot.templates.api import MASK, TEMPLATES, FewShotTemplate
 from tests.helpers import harness
+from tests.helpers.registered import registered
 from tests.helpers.shared import shared_dir
 
 Row = Mapping[str, Any]
@@ -29,7 +30,6 @@ Row = Mapping[str, Any]
 CONFIG = {**harness.CHOICE, "target_delimiter": ""}
 
 
-@TASKS.register("parity")
 class Parity(FewShotTask):
     """Rows of `query`, `choices` and `gold`."""
 
@@ -39,7 +39,6 @@ class Parity(FewShotTask):
         return choice(row, row["choices"], row["gold"], where)
 
 
-@TEMPLATES.register("parity")
 class ParityTemplate(FewShotTemplate):
     """The text, then an option."""
 
@@ -185,16 +184,17 @@ def ours(
     """What our evaluator finds."""
     found = {}
     for name in names:
-        (planned,) = plan(
-            name,
-            tasks="parity",
-            parity_eval_set=str(folder / f"{name}.jsonl"),
-            nb_few_shot_samples_values=[0],
-            scoring=scoring,
-            add_positional_scores_to_meta=True,
-            results_dir=tempfile.mkdtemp(dir=folder),
-        )
-        results = Evaluation(planned, model).run()
+        with registered((TASKS, "parity", Parity), (TEMPLATES, "parity", ParityTemplate)):
+            (planned,) = plan(
+                name,
+                tasks="parity",
+                parity_eval_set=str(folder / f"{name}.jsonl"),
+                nb_few_shot_samples_values=[0],
+                scoring=scoring,
+                add_positional_scores_to_meta=True,
+                results_dir=tempfile.mkdtemp(dir=folder),
+            )
+            results = Evaluation(planned, model).run()
         rows = read_rows(planned.prediction_files[0])
         metas = [[said["meta"] for _, said in row["candidates"]] for row in rows]
         found[name] = Found(
