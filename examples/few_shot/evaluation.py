@@ -33,9 +33,9 @@ from examples.few_shot.predictors.api import (
 )
 from examples.few_shot.samples import FewShotSample
 from examples.few_shot.settings import PlannedEvaluation
-from examples.few_shot.stale import data_digests
+from examples.few_shot.stale import data_digests, data_files
 from examples.few_shot.statistics import over_trials
-from examples.few_shot.tasks.api import FewShotTask, build_task
+from examples.few_shot.tasks.api import FewShotTask, build_task, task_type
 from examples.few_shot.templates.api import FewShotTemplate, build_template
 from fairseq_lite.errors import ConfigError, DataError
 
@@ -61,24 +61,51 @@ class Question:
 
 
 class Tasks:
-    """The tasks of several evaluations: what some of them share reads its files once."""
+    """The tasks of evaluations that are made one after another.
+
+    Evaluations of one task, in one language, share its samples: files are read once for all
+    numbers of shots. When the next task's turn comes, or the next language's, they are let go: what
+    is held grows neither with the number of tasks nor with that of languages. What is shown in a
+    language other than that of the question stays as long as the task does.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, str, str | None, Path], FewShotTask] = {}
+        self._of: tuple[str, str, Path] | None = None
+        self._asked: dict[str | None, FewShotTask] = {}
+        self._shown: dict[str | None, FewShotTask] = {}
 
-    def of(self, planned: PlannedEvaluation, language: str | None) -> FewShotTask:
-        """The task of an evaluation, in a language."""
+    def of(self, planned: PlannedEvaluation) -> FewShotTask:
+        """The task of an evaluation."""
+        self._turn_to(planned)
+        if planned.language not in self._asked:
+            self._asked = {}
+            self._asked[planned.language] = self._build(planned, planned.language)
+        return self._asked[planned.language]
+
+    def shown(self, planned: PlannedEvaluation, language: str | None) -> FewShotTask:
+        """The task that an evaluation's shots, or the answers it counts, are of."""
+        if language == planned.language:
+            return self.of(planned)
+        self._turn_to(planned)
+        if language not in self._shown:
+            self._shown[language] = self._build(planned, language)
+        return self._shown[language]
+
+    def _turn_to(self, planned: PlannedEvaluation) -> None:
+        wanted = (planned.task, repr(planned.task_options), data_root(planned.options.data_dir))
+        if wanted != self._of:
+            self._of, self._asked, self._shown = wanted, {}, {}
+
+    @staticmethod
+    def _build(planned: PlannedEvaluation, language: str | None) -> FewShotTask:
         root = data_root(planned.options.data_dir)
-        key = (planned.task, repr(planned.task_options), language, root)
-        if key not in self._known:
-            self._known[key] = build_task(
-                planned.task, planned.task_options, language=language, data_dir=root
-            )
-        return self._known[key]
+        return build_task(planned.task, planned.task_options, language=language, data_dir=root)
 
 
 class Evaluation:
     """One evaluation, from its data files to its results.
+
+    Files are looked for at once, and read when samples are first asked for.
 
     Args:
         planned: which.
@@ -87,7 +114,7 @@ class Evaluation:
         tasks: those of the evaluations that are made together.
 
     Raises:
-        DataError: a data file is missing or damaged.
+        DataError: a data file is missing.
     """
 
     def __init__(
@@ -101,34 +128,58 @@ class Evaluation:
         self.planned = planned
         self.model = model
         self.is_main = is_main
-        options = planned.options
+        data_files(planned)
         self._tasks = Tasks() if tasks is None else tasks
-        self.task = self._tasks.of(planned, planned.language)
         self.template: FewShotTemplate = build_template(
             planned.template,
             planned.template_options,
-            sep=options.separator,
+            sep=planned.options.separator,
             language=planned.language,
         )
-        self.samples = self._eval_samples()
-        self.pool = self._other_samples(
-            planned.train_set if planned.k else None, planned.train_lang
-        )
-        self.counted = self._other_samples(planned.valid_set, planned.valid_lang)
-        self.questions = [
+        self.metrics = [
+            build_metric(name) for name in (*task_type(planned.task).metrics, *COMMON_METRICS)
+        ]
+
+    @functools.cached_property
+    def task(self) -> FewShotTask:
+        """What is asked."""
+        return self._tasks.of(self.planned)
+
+    @functools.cached_property
+    def samples(self) -> Sequence[FewShotSample]:
+        """Those that are evaluated.
+
+        Raises:
+            DataError: their file is damaged or empty.
+        """
+        found = self.task.samples(self.planned.eval_set)
+        return found[: self.planned.options.n_eval_samples or None]
+
+    @functools.cached_property
+    def pool(self) -> Sequence[FewShotSample]:
+        """Those that shots are drawn from; see `samples`."""
+        planned = self.planned
+        return self._other_samples(planned.train_set if planned.k else None, planned.train_lang)
+
+    @functools.cached_property
+    def counted(self) -> Sequence[FewShotSample]:
+        """Those whose answers the majority is of; see `samples`."""
+        return self._other_samples(self.planned.valid_set, self.planned.valid_lang)
+
+    @functools.cached_property
+    def questions(self) -> Sequence[Question]:
+        """What is asked of each of `samples`."""
+        return [
             Question(f"{i}.{j}" if sample.subproblems else str(i), question, sample)
             for i, sample in enumerate(self.samples)
             for j, question in enumerate(sample.problems())
         ]
-        self.metrics = [build_metric(name) for name in (*self.task.metrics, *COMMON_METRICS)]
-
-    def _eval_samples(self) -> Sequence[FewShotSample]:
-        found = self.task.samples(self.planned.eval_set)
-        return found[: self.planned.options.n_eval_samples or None]
 
     def _other_samples(self, set_name: str | None, language: str | None) -> Sequence[FewShotSample]:
         """Samples of another set: in another language where --TASK-train-lang says so."""
-        return () if set_name is None else self._tasks.of(self.planned, language).samples(set_name)
+        if set_name is None:
+            return ()
+        return self._tasks.shown(self.planned, language).samples(set_name)
 
     def run(self) -> dict[str, Any]:
         """Evaluate, and write what comes out; trials that are there already are read."""

@@ -207,6 +207,8 @@ def prepare_rank() -> None:
 def _without_model(work: _Work, options: EvaluationOptions) -> None:
     from examples.few_shot.evaluation import Evaluation, Tasks
 
+    for each in work.planned:
+        Evaluation(each, None)  # no evaluation begins where a later one cannot
     tasks = Tasks()
     for each in work.planned:
         evaluation = Evaluation(each, None, tasks=tasks)
@@ -221,17 +223,14 @@ def _with_model(work: _Work, world: Any) -> None:
 
     if not world.is_main:  # the first says what all have to say
         logging.getLogger().setLevel(logging.ERROR)
-    # Data first: a missing file is told before minutes of loading.
-    tasks = Tasks()
-    evaluations = [
-        Evaluation(each, None, is_main=world.is_main, tasks=tasks) for each in work.planned
-    ]
+    for each in work.planned:
+        Evaluation(each, None)  # a missing file is told before minutes of loading
     model = load_model(work.model_name, work.planned[0].options, world)
-    for evaluation in evaluations:
-        evaluation.model = model
-        found = evaluation.run()
+    tasks = Tasks()
+    for each in work.planned:
+        found = Evaluation(each, model, is_main=world.is_main, tasks=tasks).run()
         if world.is_main:
-            _report(evaluation.planned, found)
+            _report(each, found)
 
 
 def _report(planned: PlannedEvaluation, found: dict[str, Any]) -> None:

@@ -89,15 +89,21 @@ def _changed(path: Path) -> int:
 
 def _other_data(planned: PlannedEvaluation, digests: object, since: int) -> bool:
     try:
-        if all(_changed(path) <= since for path in data_files(planned).values()):
+        if all(_changed_within(path) <= since for path in data_files(planned).values()):
             return False
         return digests is not None and digests != data_digests(planned)
     except DataError:
         return False
 
 
+def _changed_within(path: Path) -> int:
+    """When a file, or one of a folder's, was written."""
+    inside = path.rglob("*") if path.is_dir() else ()
+    return max(map(_changed, (path, *inside)))
+
+
 def data_files(planned: PlannedEvaluation) -> Mapping[str, Path]:
-    """The files that samples come from, by what they are for.
+    """The files that samples come from, by what they are for; none is read.
 
     Raises:
         DataError: a file is missing.
@@ -112,7 +118,8 @@ def data_files(planned: PlannedEvaluation) -> Mapping[str, Path]:
     for name, (set_name, language) in sets.items():
         if set_name is not None:
             task = build_task(planned.task, planned.task_options, language=language, data_dir=root)
-            found[name] = task.path(set_name)
+            found[name], *beside = task.set_files(set_name)
+            found |= {f"{name}, {each.name}": each for each in beside}
     return found
 
 

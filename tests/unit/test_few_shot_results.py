@@ -231,7 +231,7 @@ def test_a_damaged_row_is_named(data: Path, line: str) -> None:
     path = data / "COPA" / "val.jsonl"
     path.write_text(json.dumps(rows(1)[0]) + "\n" + line + "\n")
     with pytest.raises(DataError, match=r"val.jsonl:2: ") as raised:
-        Evaluation(planned(data), DummyModel())
+        evaluate(planned(data))
     assert "\n" not in str(raised.value)
 
 

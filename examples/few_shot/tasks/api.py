@@ -15,7 +15,6 @@ A task is one class in one file of this folder (or of a `--user-dir`):
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -84,6 +83,7 @@ class FewShotTask(ABC):
         self.cfg = cfg
         self.language = language
         self.data_dir = data_dir
+        self._samples: dict[str, tuple[FewShotSample, ...]] = {}
 
     @abstractmethod
     def sample(self, row: dict[str, Any], where: str) -> FewShotSample | None:
@@ -109,19 +109,38 @@ class FewShotTask(ABC):
             if found is not None:
                 yield found
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019 (a task lives as long as its evaluation)
     def samples(self, set_name: str) -> tuple[FewShotSample, ...]:
-        """All samples of a set: one of `sets`, or a file.
+        """All samples of a set: one of `sets`, or a file. They are kept as long as the task is.
 
         Raises:
             ConfigError: neither.
             DataError: its file is missing, damaged or empty.
         """
+        if set_name not in self._samples:
+            path = self.path(set_name)
+            found = tuple(self.read(path))
+            if not found:
+                raise DataError(f"task {self.name}: {path} has no sample")
+            self._samples[set_name] = found
+        return self._samples[set_name]
+
+    def set_files(self, set_name: str) -> tuple[Path, ...]:
+        """All files, or folders, that the samples of a set are made of; nothing is read.
+
+        Raises:
+            ConfigError: no such set.
+            DataError: one of them is missing.
+        """
         path = self.path(set_name)
-        found = tuple(self.read(path))
-        if not found:
-            raise DataError(f"task {self.name}: {path} has no sample")
-        return found
+        beside = tuple(self.beside(path))
+        for each in beside:
+            if not each.exists():
+                raise DataError(f"task {self.name}: {each} is missing, which {path.name} needs")
+        return (path, *beside)
+
+    def beside(self, path: Path) -> Iterable[Path]:
+        """Other files that the samples of a file are made of; a task with such overrides this."""
+        return ()
 
     def path(self, set_name: str) -> Path:
         """The file of a set; see `samples`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,13 @@ class CrowSPairs(FewShotTask):
     template = "crowspairs"
     metrics = ("crowspairs",)
 
+    def beside(self, path: Path) -> Iterable[Path]:
+        return filter(Path.exists, [path.with_name("prompts.csv")])
+
     def rows(self, path: Path) -> Iterator[files.Row]:
         prompts: dict[str, str] = {}
-        if path.with_name("prompts.csv").exists():
-            for row, _ in files.read_csv(path.with_name("prompts.csv")):
+        for each in self.beside(path):
+            for row, _ in files.read_csv(each):
                 prompts[row.get("", "")] = row.get("prompt", "")
         for row, where in files.read_csv(path):
             yield row | {"prompt": prompts.get(row.get("", ""))}, where

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,13 @@ class LAMATREx(LAMA):
     sets = {"trex": ("LAMA/TREx", "lama/TREx", "lama/trex16.jsonl")}  # noqa: RUF012
     eval_set = "trex"
 
+    def beside(self, path: Path) -> Iterable[Path]:
+        return (path.parent / "relations.jsonl",) if path.is_dir() else ()
+
     def rows(self, path: Path) -> Iterator[files.Row]:
-        templates = relation_templates(path.parent / "relations.jsonl") if path.is_dir() else {}
+        templates: dict[str, str] = {}
+        for each in self.beside(path):
+            templates |= relation_templates(each)
         for row, where in super().rows(path):
             yield {"template": templates.get(row.get("predicate_id", ""))} | row, where
 

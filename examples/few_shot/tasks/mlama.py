@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,6 +37,10 @@ class MLAMA(FewShotTask):
     pattern: ClassVar[str] = ""
     objects: ClassVar[str] = ""
 
+    def beside(self, path: Path) -> Iterable[Path]:
+        listed = self._list(path)
+        return (path / "templates.jsonl", *([listed] if listed.exists() else ()))
+
     def read(self, path: Path) -> Iterator[FewShotSample]:
         """The facts of a language's folder, relation by relation."""
         templates = relation_templates(path / "templates.jsonl")
@@ -48,7 +52,8 @@ class MLAMA(FewShotTask):
                 raise DataError(f"{path / 'templates.jsonl'}: has no template for {relation}")
             try:
                 labels = [row["obj_label"] for row, _ in rows]
-                known = sorted({*labels, *listed.get(relation, {}).get("objects", ())})
+                # One tuple for all facts of the relation, which may have a thousand objects.
+                known = tuple(sorted({*labels, *listed.get(relation, {}).get("objects", ())}))
                 for row, where in rows:
                     yield self._fact(row, where, relation, templates[relation], known)
             except (KeyError, TypeError, ValueError) as e:
@@ -57,13 +62,17 @@ class MLAMA(FewShotTask):
     def sample(self, row: dict[str, Any], where: str) -> FewShotSample | None:
         raise AssertionError("facts need the objects of their relation: see `read`")
 
+    def _list(self, path: Path) -> Path:
+        return path.parent / self.objects / f"{self.language}.json"
+
     def _listed(self, path: Path) -> dict[str, Any]:
-        file = path.parent / self.objects / f"{self.language}.json"
+        file = self._list(path)
         return dict(files.read_json(file)) if file.exists() else {}
 
     def _fact(
-        self, row: dict[str, Any], where: str, relation: str, template: str, known: Sequence[str]
-    ) -> FewShotSample:
+        self, row: dict[str, Any], where: str, relation: str, template: str,
+        known: tuple[str, ...],
+    ) -> FewShotSample:  # fmt: skip
         answer, subject = row["obj_label"], row["sub_label"]
         data = {
             "sentence": filled(template, subject),
@@ -73,10 +82,10 @@ class MLAMA(FewShotTask):
         }
         return FewShotSample(data, self._candidates(data, known), (answer,), where=where)
 
-    def _candidates(self, data: dict[str, Any], known: Sequence[str]) -> tuple[str, ...]:
+    def _candidates(self, data: dict[str, Any], known: tuple[str, ...]) -> tuple[str, ...]:
         """All objects or a few, in the order of the alphabet, the right one among them."""
         if not self.cfg.max_cands or len(known) <= self.cfg.max_cands:
-            return tuple(known)
+            return known
         key = f"{data['relation']}/{data['subject']}/{data['answer']}"
         others = [each for each in known if each != data["answer"]]
         drawn = sampling.order(len(others), seed=0, trial=0, task=key)[: self.cfg.max_cands - 1]

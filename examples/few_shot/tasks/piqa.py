@@ -24,11 +24,16 @@ class PIQA(FewShotTask):
     train_set, eval_set = "train", "valid"
     template = "piqa"
 
-    def rows(self, path: Path) -> Iterable[files.Row]:
-        """Questions with their answers; those of the test set are not public."""
-        found = list(files.read_jsonl(path))
+    def beside(self, path: Path) -> Iterable[Path]:
+        """The answers; those of the test set are not public."""
         labels = path.with_name(path.name.partition(".jsonl")[0] + "-labels.lst")
-        if not labels.exists() and path.name.startswith("test"):
+        return () if path.name.startswith("test") and not labels.exists() else (labels,)
+
+    def rows(self, path: Path) -> Iterable[files.Row]:
+        """Questions with their answers, where there are such."""
+        found = list(files.read_jsonl(path))
+        labels = next(iter(self.beside(path)), None)
+        if labels is None:
             return found
         answers = [line for line, _ in files.read_lines(labels)]
         if len(answers) != len(found):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,11 @@ class Translation(FewShotTask):
             f" sacrebleu -t {set_name} -l {pair} --echo src"
         )
 
+    def beside(self, path: Path) -> Iterable[Path]:
+        return (path.with_suffix(".ref"),)
+
     def rows(self, path: Path) -> Iterator[files.Row]:
-        reference = path.with_suffix(".ref")
+        (reference,) = self.beside(path)
         sources, targets = list(files.read_lines(path)), list(files.read_lines(reference))
         if len(sources) != len(targets):
             raise DataError(f"{path}: {len(sources)} lines; {reference.name} has {len(targets)}")
