@@ -39,7 +39,12 @@ from fairseq_lite.scoring import SCORERS, Scorer
 from fairseq_lite.scoring.standard import SacrebleuConfig
 from fairseq_lite.tasks.api import Task, build_task, resolve_max_positions
 from fairseq_lite.tasks.language_modeling import LanguageModelingTask
-from fairseq_lite.training.checkpoint.inference import load_for, load_models
+from fairseq_lite.training.checkpoint.inference import (
+    Trained,
+    load_for,
+    load_models,
+    with_its_files,
+)
 from fairseq_lite.training.evaluation import as_trained
 from fairseq_lite_cli.entry import output_errors_told, prepare_rank, run_command
 
@@ -65,6 +70,8 @@ def translate_split(run: RunConfig, world: World) -> None:
     scorer = make_scorer(run)
     task.load_dataset(run.dataset.gen_subset)
     loaded = load_for(run, registries, task, world)
+    run = with_its_files(run, loaded.trained)
+    hint_at_segmentation(run, loaded.trained)
     device = place(loaded.models, run.common, run.generation, world.device)
     sources = raw_sources(run, task)
     generator, models = make_generator(run, task, loaded.models, registries, world)
@@ -260,6 +267,24 @@ def plan(run: RunConfig, dataset: Any, limits: Any) -> tuple[list[Any], list[int
     fitting = np.concatenate(batches) if batches else np.array([], dtype=np.int64)
     skipped = np.setdiff1d(np.arange(len(dataset)), fitting).tolist()
     return batches[cfg.shard_id :: cfg.num_shards], skipped[cfg.shard_id :: cfg.num_shards]
+
+
+def hint_at_segmentation(run: RunConfig, trained: Trained) -> None:
+    """Say what to type for text, where the model knows how to make it and nothing else says so.
+
+    The text of a folder without a record was segmented by somebody else, and as in fairseq their
+    lines are printed and scored as they are.
+    """
+    cfg = run.common_eval
+    found = trained.segmentation
+    if found and not (run.bpe.name or run.tokenizer.name or cfg.post_process):
+        logger.info(
+            "%s was trained with %s, which the data folder does not record: lines stay as they are"
+            " there; type %s for text",
+            trained.config.path,
+            found,
+            found,
+        )
 
 
 def make_texts(run: RunConfig, task: Task) -> Texts:

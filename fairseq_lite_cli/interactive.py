@@ -24,7 +24,12 @@ from fairseq_lite.generation.lines import generate_for_lines
 from fairseq_lite.generation.output import output_lines
 from fairseq_lite.generation.session import Session, place, unchanging
 from fairseq_lite.tasks.api import Task, build_task, resolve_max_positions
-from fairseq_lite.training.checkpoint.inference import load_for, with_segmentation
+from fairseq_lite.training.checkpoint.inference import (
+    Trained,
+    load_for,
+    with_its_files,
+    with_segmentation,
+)
 from fairseq_lite.training.evaluation import as_trained
 from fairseq_lite_cli.entry import run_command
 from fairseq_lite_cli.generate import codecs, log_to_stderr, make_generator, make_texts
@@ -45,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     np.random.seed(run.common.seed)
     task = build_task(run)
     loaded = load_for(run, registries, task)
-    run = with_segmentation(run, loaded)
+    run = with_segmentation_of_lines(run, loaded.trained)
     device = place(loaded.models, run.common, run.generation)
     known: dict[int, str] = {}
     first = 0
@@ -95,6 +100,22 @@ def check(run: RunConfig) -> int:
     if run.generation.score_reference or run.generation.prefix_size:
         raise ConfigError("--score-reference and --prefix-size need references: use flite-generate")
     return size
+
+
+def with_segmentation_of_lines(run: RunConfig, trained: Trained) -> RunConfig:
+    """The run with the segmentation of the model; with --remove-bpe, as typed.
+
+    Who asks for pieces to be joined without saying by what has segmented the lines beforehand, as
+    in fairseq's recipes.
+    """
+    if run.common_eval.post_process is None:
+        return with_segmentation(run, trained)
+    if trained.segmentation and not (run.bpe.name or run.tokenizer.name):
+        logger.info(
+            "--remove-bpe %s: lines are taken as segmented; for plain text leave it out",
+            run.common_eval.post_process,
+        )
+    return with_its_files(run, trained)
 
 
 def read(name: str) -> Iterator[str]:

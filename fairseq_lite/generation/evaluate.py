@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -310,7 +311,7 @@ class PieceWatch:
                     "pieces of words (marked %s) remain in what is scored, such as %r: the score"
                     " is of pieces, not of words, and cannot be compared; type %s%s%s",
                     mark,
-                    hypothesis if mark in hypothesis else reference,
+                    textwrap.shorten(hypothesis if mark in hypothesis else reference, 60),
                     self.flag,
                     value,
                     self.also,

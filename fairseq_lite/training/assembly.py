@@ -10,6 +10,7 @@ import torch
 
 from fairseq_lite.config.core import RunConfig
 from fairseq_lite.criteria.api import CRITERIA
+from fairseq_lite.data.text.api import check_codecs
 from fairseq_lite.errors import ConfigError
 from fairseq_lite.models.api import ARCHITECTURES
 from fairseq_lite.optim.api import OPTIMIZERS, SCHEDULES
@@ -46,6 +47,7 @@ def check(run: RunConfig) -> None:
             f"--checkpoint-suffix {suffix}: is the end of a part's name, and what training writes "
             "would pass for one: leave it out, parts are found without it"
         )
+    check_codecs(run.tokenizer, run.bpe)  # a checkpoint would carry nothing that can be used
     _check_entries(run)
     backend: Any = BACKENDS.get(run.ddp_backend.name or "legacy_ddp").factory
     backend.check(run)

@@ -15,6 +15,7 @@ from fairseq_lite.config.flags import default_of
 from fairseq_lite.config.serial import to_plain
 from fairseq_lite.data.folders import data_folders
 from fairseq_lite.data.iterators import EpochBatchIterator
+from fairseq_lite.data.text.api import check_codecs
 from fairseq_lite.errors import CheckpointError, ConfigError
 from fairseq_lite.models.api import Model
 from fairseq_lite.moe.watch import shown_layers
@@ -57,8 +58,12 @@ def evaluate(
         )
     if run.dataset.max_tokens is None and run.dataset.batch_size is None:
         raise ConfigError("the size of a batch is missing: give --max-tokens or --batch-size")
-    saved = inference.config_for(run, registries)
+    trained = inference.trained_for(run, registries)
+    saved = trained.config
     run = dataclasses.replace(run, task=task_choice(run.task, saved))
+    # --eval-bleu scores what it scored in training.
+    run = inference.with_segmentation(run, trained)
+    check_codecs(run.tokenizer, run.bpe)
     task = build_task(run)
     loaded = inference.load_for(run, registries, task, world)
     model = loaded.models[0].to(world.device)

@@ -121,7 +121,7 @@ def evaluate(run: RunConfig, world: World, registries: Mapping[str, Registry]) -
     assert isinstance(task, LanguageModelingTask)
     logger.info("loading model(s) from %s", run.common_eval.path)
     loaded = inference.load_for(run, registries, task, world)
-    run = inference.with_segmentation(run, loaded)
+    run = inference.with_segmentation(run, loaded.trained)
     place(loaded.models, run.common, GenerationConfig(), world.device)
     logger.info("num. model params: %s", f"{number_of_parameters(loaded.models[0], world):,}")
     subset = run.dataset.gen_subset
@@ -376,6 +376,8 @@ def _subword_joining(run: RunConfig, dictionary: Dictionary) -> Joining | None:
 
 def _decoder(run: RunConfig) -> Callable[[str], str]:
     _, decode = build_codecs(run.tokenizer, run.bpe)
+    if run.bpe.name is not None:
+        return decode  # it joins pieces by itself: joined twice, words would be joined as well
     return lambda line: decode(post_process(line, run.common_eval.post_process))
 
 

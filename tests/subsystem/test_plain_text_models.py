@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -120,6 +121,73 @@ def test_the_checkpoint_carries_the_folder(trained: Path) -> None:
     ensemble = inference.load_models(str(path), load_builtins())
     config = ensemble.configs[0].bpe.config
     assert Path(config.hf_tokenizer, "tokenizer.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def unrecorded(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same data as fairseq makes it: segmented by somebody else, and nothing says how."""
+    folder = tmp_path_factory.mktemp("unrecorded") / "data-bin"
+    shutil.copytree(trained / "data-bin", folder, ignore=shutil.ignore_patterns("segmentation*"))
+    return folder
+
+
+def test_a_folder_without_a_record_is_printed_as_fairseq_does(
+    trained: Path, unrecorded: Path, capsys, caplog
+) -> None:
+    words = ["--path", trained / "save" / "checkpoint_last.pt", *SHORT, "--gen-subset", "valid"]
+    with caplog.at_level(logging.INFO):
+        assert flite("generate", unrecorded, *words) == 0
+    printed, said = capsys.readouterr()
+    assert _lines(printed, "D") == _lines(printed, "H")
+    assert "type --bpe hf_tokenizer for text" in said + "\n".join(caplog.messages)
+    # That is all there is to type: the model carries the files and settings.
+    assert flite("generate", unrecorded, *words, "--bpe", "hf_tokenizer") == 0
+    text = capsys.readouterr().out
+    assert flite("generate", trained / "data-bin", *words) == 0
+    assert text == capsys.readouterr().out != printed
+
+
+def test_lines_segmented_beforehand_are_joined_as_typed(
+    trained: Path, unrecorded: Path, tmp_path, capsys
+) -> None:
+    """fairseq's way: `segment < text | fairseq-interactive … --remove-bpe`."""
+    words = [unrecorded, "--path", trained / "save" / "checkpoint_last.pt", *SHORT]
+    plain.write_lines(tmp_path / "plain", ["ab cd"])
+    assert flite("interactive", *words, "--input", tmp_path / "plain") == 0
+    found = capsys.readouterr().out
+    plain.write_lines(tmp_path / "segmented", [_lines(found, "S")[0]])
+    assert flite("interactive", *words, "--input", tmp_path / "segmented", "--remove-bpe") == 0
+    again = capsys.readouterr().out
+    assert _lines(again, "H") == _lines(found, "H") and _lines(again, "S") == _lines(found, "S")
+
+
+def test_validation_scores_what_it_scored_in_training(
+    trained: Path, unrecorded: Path, tmp_path
+) -> None:
+    scores = []
+    for name, data in (("recorded", trained / "data-bin"), ("unrecorded", unrecorded)):
+        log = tmp_path / name
+        words = [data, "--path", trained / "save" / "checkpoint_last.pt", "--max-tokens", 800]
+        assert flite("validate", *words, "--cpu", "--log-file", log) == 0
+        scores.append(re.findall(r"example reference: .*|bleu \S+", log.read_text()))
+    assert scores[0] == scores[1]
+    assert scores[0][-1] in (trained / "train.log").read_text()
+
+
+@pytest.mark.parametrize("command", ["train", "validate", "generate", "interactive"])
+def test_a_model_that_is_missing_is_named(trained: Path, unrecorded: Path, command, capsys) -> None:
+    path = trained / "save" / "checkpoint_last.pt"
+    flags = {
+        "train": [*TINY_MODEL, *ADAM, "--max-tokens", 800, "--max-update", 1, "--no-save"],
+        "validate": ["--path", path, "--max-tokens", 800],
+        "generate": ["--path", path, "--gen-subset", "valid"],
+        "interactive": ["--path", path],
+    }[command]
+    words = [unrecorded, *flags, "--cpu", "--bpe", "sentencepiece", "--sentencepiece-model", "no"]
+    capsys.readouterr()
+    assert flite(command, *words) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"flite-{command}: error: --sentencepiece-model no: no such file"
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/x", "a//x", "a\\x", "", "."])

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 
 import pytest
 
 import fairseq_lite.data.text  # noqa: F401  registers the entries
 from fairseq_lite.config.core import Choice
-from fairseq_lite.data.text.api import BPE, TOKENIZERS, build_bpe, build_tokenizer
+from fairseq_lite.data.text.api import (
+    BPE,
+    TOKENIZERS,
+    Tokenizer,
+    build_bpe,
+    build_tokenizer,
+    check_codecs,
+    required_file,
+)
 from fairseq_lite.data.text.bpe import (
     BertConfig,
     FastBpeConfig,
@@ -19,6 +28,7 @@ from fairseq_lite.data.text.bpe import (
 from fairseq_lite.data.text.byte_level import ByteBpeConfig, bytes_to_chars, chars_to_text
 from fairseq_lite.data.text.tokenizers import MosesConfig
 from fairseq_lite.errors import ConfigError, DataError, MissingDependency
+from tests.helpers.registered import registered
 from tests.helpers.shared import shared_dir
 
 
@@ -33,6 +43,36 @@ def test_names_are_fairseqs_and_one_of_ours() -> None:
 
 def test_nothing_chosen() -> None:
     assert build_bpe(Choice()) is None and build_tokenizer(Choice()) is None
+
+
+@dataclasses.dataclass(frozen=True)
+class WordListConfig:
+    words: str | None = None
+
+
+class WordList(Tokenizer):
+    def __init__(self, cfg, *languages) -> None:
+        super().__init__(cfg, *languages)
+        required_file(cfg.words, "--words")
+
+    def encode(self, text: str) -> str:
+        return text
+
+    decode = encode
+
+
+def test_files_that_are_missing_are_found_without_any_text(tmp_path) -> None:
+    there = tmp_path / "codes"
+    there.write_text("#version: 0.2\n")
+    check_codecs(Choice(), Choice("subword_nmt", SubwordNmtConfig(str(there))))
+    with pytest.raises(DataError, match="--bpe-codes nowhere: no such file"):
+        check_codecs(Choice(), Choice("subword_nmt", SubwordNmtConfig("nowhere")))
+    with pytest.raises(ConfigError, match="--bpe-codes is needed"):
+        check_codecs(Choice(), Choice("subword_nmt", SubwordNmtConfig()))
+    with registered((TOKENIZERS, "word_list", WordList)):
+        check_codecs(Choice("word_list", WordListConfig(str(there))), Choice())
+        with pytest.raises(DataError, match="--words nowhere: no such file"):
+            check_codecs(Choice("word_list", WordListConfig("nowhere")), Choice())
 
 
 def test_moses() -> None:

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fairseq_lite.builtins import load_builtins
+from fairseq_lite.config.parse import parse
 from fairseq_lite.data.blocks import TokenBlocks
 from fairseq_lite.data.context import ContextWindow
 from fairseq_lite.data.dictionary import Dictionary
@@ -19,6 +21,7 @@ from fairseq_lite.errors import ConfigError, DataError
 from fairseq_lite.generation.likelihood import TargetScorer, average
 from fairseq_lite.generation.perplexity import Perplexity, Scored, TextSize
 from fairseq_lite.generation.words import WordStats, joining, word_line, words_of
+from fairseq_lite.training import lm_evaluation
 from fairseq_lite.training.lm_evaluation import Report
 from tests.helpers.generation import PlainLanguageModel, make_language_model
 
@@ -227,3 +230,17 @@ def test_where_blocks_end_changes_nothing(cuts, seed):
     tokens = np.random.RandomState(seed).choice([EOS, 4, 5, 6, 7, 8], 31)
     parts = np.split(tokens, sorted(cuts))
     assert size_of(dict(enumerate(parts))) == size_of({0: tokens})
+
+
+@pytest.mark.parametrize(
+    ("flags", "pieces"),
+    [
+        ("--bpe characters", "a b \u2581 c d"),
+        ("--bpe characters --remove-bpe sentencepiece", "a b \u2581 c d"),
+        ("--remove-bpe letter", "a b | c d"),
+    ],
+)
+def test_pieces_are_joined_once(flags, pieces):
+    """Joined twice, words would be joined as well, and a text would be one long word."""
+    run = parse("flite-eval-lm", ["bin", "--path", "m.pt", *flags.split()], load_builtins())
+    assert lm_evaluation._decoder(run)(pieces) == "ab cd"

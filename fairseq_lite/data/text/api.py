@@ -6,6 +6,7 @@ round. Both are strings with spaces between pieces, which is what `dict.txt` and
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -158,6 +159,19 @@ def codec_chain(
     """What a line goes through on the way in, in this order."""
     both = (build_tokenizer(tokenizer, source_lang, target_lang), build_bpe(bpe))
     return [codec for codec in both if codec is not None]
+
+
+def check_codecs(tokenizer: Choice, bpe: Choice) -> None:
+    """Refuse entries whose files are missing, before any work and before they are recorded.
+
+    Raises:
+        FliteError: as the entry says it.
+    """
+    build_bpe(bpe)
+    # A tokenizer may take a second to import: those without a file have nothing to be checked.
+    fields = dataclasses.fields(tokenizer.config)
+    if any(isinstance(getattr(tokenizer.config, field.name), str) for field in fields):
+        build_tokenizer(tokenizer)
 
 
 def required_file(path: str | None, flag: str) -> Path:

@@ -214,7 +214,7 @@ def adopt(run: RunConfig, registries: Mapping[str, Registry]) -> RunConfig:
 def _chosen(section: str, typed: Choice, recorded: Choice, folder: str) -> Choice:
     if typed.name is None:
         return recorded
-    chosen = _completed(typed, recorded)
+    chosen = completed(typed, recorded)
     if _identity(section, chosen) != _identity(section, recorded):
         flag = _SECTIONS[section].flag
         made = f"{flag} {recorded.name}" if recorded.name else f"no {flag}"
@@ -226,7 +226,7 @@ def _chosen(section: str, typed: Choice, recorded: Choice, folder: str) -> Choic
     return chosen
 
 
-def _completed(typed: Choice, recorded: Choice) -> Choice:
+def completed(typed: Choice, recorded: Choice) -> Choice:
     """What was typed, the fields left at their defaults as they are recorded."""
     if typed.name != recorded.name:
         return typed

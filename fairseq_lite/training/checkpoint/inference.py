@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from fairseq_lite.config.core import Choice, RunConfig
+from fairseq_lite.data.text.recorded import carried, completed
+from fairseq_lite.data.text.segment import Segmentation
 from fairseq_lite.errors import CheckpointError, ConfigError, DataError
 from fairseq_lite.models.api import Model
 from fairseq_lite.parallel.experts import has_experts, spread_over
@@ -25,6 +27,26 @@ from fairseq_lite.training.checkpoint.convert import SavedConfig
 logger = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a checkpoint says of its run, and the files it carries.
+
+    Attributes:
+        config: fields of `bpe` and `tokenizer` that named a file point to the copy in `folder`.
+        folder: where the files are unpacked, or None; it lives as long as this object.
+    """
+
+    config: SavedConfig
+    folder: tempfile.TemporaryDirectory[str] | None
+
+    @property
+    def segmentation(self) -> Segmentation:
+        """How text becomes what the model reads; nothing where its files are not here."""
+        if self.folder is None:
+            return Segmentation()
+        return Segmentation(self.config.tokenizer, self.config.bpe)
 
 
 @dataclasses.dataclass
@@ -46,6 +68,11 @@ class Ensemble:
     configs: list[SavedConfig]
     criterion_states: list[Mapping[str, Any] | None] = dataclasses.field(default_factory=list)
     folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def trained(self) -> Trained:
+        """The first checkpoint's run, and what it carries."""
+        return Trained(self.configs[0], self.folder)
 
 
 def split_paths(paths: str) -> list[str]:
@@ -144,11 +171,25 @@ def config_for(run: RunConfig, registries: Mapping[str, Registry]) -> SavedConfi
     Raises:
         CheckpointError: it cannot be read.
     """
+    state, path = _header(run)
+    return convert.saved_config(state, path, registries, run.common_eval.model_overrides)
+
+
+def trained_for(run: RunConfig, registries: Mapping[str, Registry]) -> Trained:
+    """As `config_for`, with the files that the checkpoint carries.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    state, path = _header(run)
+    config = convert.saved_config(state, path, registries, run.common_eval.model_overrides)
+    return Trained(*_with_files(config, state))
+
+
+def _header(run: RunConfig) -> tuple[Mapping[str, Any], Path]:
     cfg = run.common_eval
     path = _existing(split_paths(cfg.path or "")[0], cfg.checkpoint_suffix)
-    files = parts.CheckpointFiles(path, cfg.checkpoint_shard_count)
-    state = files.header()
-    return convert.saved_config(state, path, registries, cfg.model_overrides)
+    return parts.CheckpointFiles(path, cfg.checkpoint_shard_count).header(), path
 
 
 def _existing(name: str, suffix: str) -> Path:
@@ -178,15 +219,38 @@ def _with_files(
     return dataclasses.replace(config, bpe=bpe, tokenizer=tokenizer), folder
 
 
-def with_segmentation(run: RunConfig, loaded: Ensemble) -> RunConfig:
+def with_segmentation(run: RunConfig, trained: Trained) -> RunConfig:
     """The run with the segmentation that the model carries, where nothing else says one.
 
-    A file of fairseq's own carries none: it only names files of the machine it was trained on.
+    Args:
+        run: with what was typed and what its data folder records.
+        trained: what its first checkpoint says. A file of fairseq's own carries no segmentation: it
+            only names files of the machine it was trained on.
     """
-    if run.bpe.name or run.tokenizer.name or loaded.folder is None:
+    if run.bpe.name or run.tokenizer.name:
+        return with_its_files(run, trained)
+    found = trained.segmentation
+    if not found:
         return run
-    saved = loaded.configs[0]
-    return dataclasses.replace(run, bpe=saved.bpe, tokenizer=saved.tokenizer)
+    logger.info("%s, as in training", found)
+    return dataclasses.replace(run, bpe=found.bpe, tokenizer=found.tokenizer)
+
+
+def with_its_files(run: RunConfig, trained: Trained) -> RunConfig:
+    """The run with the model's own files and settings for an entry that was typed by name alone."""
+    return dataclasses.replace(
+        run,
+        bpe=_with_files_of("bpe", run.bpe, trained.segmentation.bpe),
+        tokenizer=_with_files_of("tokenizer", run.tokenizer, trained.segmentation.tokenizer),
+    )
+
+
+def _with_files_of(section: str, typed: Choice, trained: Choice) -> Choice:
+    if typed.name is None or typed.name != trained.name:
+        return typed
+    fields = [each.field for each in carried(section, trained)]
+    missing = any(not getattr(typed.config, field) for field in fields)
+    return completed(typed, trained) if missing else typed
 
 
 def _task_of(config: SavedConfig, folder: tempfile.TemporaryDirectory[str] | None) -> Task:
