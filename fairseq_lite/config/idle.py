@@ -102,6 +102,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "diverse_beam_strength": ("diverse_beam_groups",),
     "retain_dropout_modules": ("retain_dropout",),
     "lm_weight": ("lm_path",),
+    "shorten_data_split_list": ("shorten_method",),
     **dict.fromkeys(_IN_VALIDATION - {"eval_bleu"}, ("eval_bleu",)),
 }
 
@@ -146,7 +147,9 @@ def without_effect(
 
 
 def _on(value: Any) -> bool:
-    return value > 0 if isinstance(value, (int, float)) else bool(value)
+    if isinstance(value, (int, float)):
+        return value > 0
+    return bool(value) and value != "none"
 
 
 def _flag(field: str) -> str:

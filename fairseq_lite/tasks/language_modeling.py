@@ -75,6 +75,14 @@ class LanguageModelingConfig:
             )
 
 
+# Commands that make blocks by what was typed.
+_SHORTENING = {"flite-train", "flite-generate", "flite-eval-lm"}
+
+
+def _listed(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
 @TASKS.register("language_modeling", config=LanguageModelingConfig)
 class LanguageModelingTask(Task):
     """Predict each token of a text from those before it.
@@ -104,7 +112,9 @@ class LanguageModelingTask(Task):
         dataset = run.dataset
         if cfg.pad_to_fixed_bsz and dataset.batch_size is None and run.command == "flite-train":
             raise ConfigError("--pad-to-fixed-bsz needs --batch-size")
-        return cls(cfg, run, cls.read_dictionary(cfg))
+        task = cls(cfg, run, cls.read_dictionary(cfg))
+        task.check_shortened_splits()
+        return task
 
     @classmethod
     def read_dictionary(cls, cfg: LanguageModelingConfig) -> Dictionary:
@@ -179,13 +189,35 @@ class LanguageModelingTask(Task):
         """
         cfg = self.cfg
         text = self._open_text(folder, split, combine)
-        listed = cfg.shorten_data_split_list
-        if not listed or split in listed.split(","):
+        listed = _listed(cfg.shorten_data_split_list)
+        if not listed or split in listed:
             text = shorten(text, cfg.shorten_method, self.block_size, self.run.common.seed)
         blocks = TokenBlocks(text, cfg.sample_break_mode, self.block_size)
         if cfg.add_bos_token and bos is None:
             bos = self._source.bos(), self._target.bos()
         return MonolingualDataset(blocks, self._source, self._target, self._layout(split), bos)
+
+    def check_shortened_splits(self) -> None:
+        """Look for the splits of --shorten-data-split-list: one that is none would shorten nothing.
+
+        Raises:
+            ConfigError: one does not exist, on a command line; a model's own list may name splits
+                of its training data.
+        """
+        if self.run.command not in _SHORTENING:
+            return
+        cfg, dataset = self.cfg, self.run.dataset
+        named = {dataset.train_subset, dataset.gen_subset, *_listed(dataset.valid_subset)}
+        for name in _listed(cfg.shorten_data_split_list):
+            if name not in {"train", "valid", "test", *named} and not self._is_split(name):
+                raise ConfigError(
+                    f"--shorten-data-split-list {cfg.shorten_data_split_list}: no split {name!r} "
+                    f"in {self.data_paths()[0]}; splits are called like its files, as in train,"
+                    "valid"
+                )
+
+    def _is_split(self, name: str) -> bool:
+        return self.has_split(name)
 
     def _open_text(self, folder: Path, split: str, combine: bool) -> TokenDataset:
         impl = self.run.dataset.dataset_impl

@@ -245,6 +245,11 @@ class MultilingualLanguageModelingTask(LanguageModelingTask):
         everywhere = all(self._exists(folder, split, language) for language in languages)
         return everywhere or self._single(folder, split, languages) is not None
 
+    def _is_split(self, name: str) -> bool:
+        folder = Path(self.data_paths()[0])
+        # Not `valid_de`: a split is shortened in all languages alike.
+        return any(self._exists(folder, name, lang) for lang in find_languages(folder, ""))
+
     def validated_splits(self, subsets: Sequence[str]) -> list[str]:
         """Each split as a whole, and in each language."""
         folder = Path(self.data_paths()[0])

@@ -65,6 +65,8 @@ def test_train_uses_these(caplog, argv):
         ("flite-train", [*TRAIN, *SHARDED, "--fp32-reduce-scatter"]),
         ("flite-train", [*TRAIN, "--keep-interval-updates", "3"]),
         ("flite-train", [*TRAIN, "--gen-subset", "test"]),
+        ("flite-eval-lm", ["data", "--shorten-data-split-list", "train"]),
+        ("flite-eval-lm", ["data", "--shorten-data-split-list", "a", "--shorten-method", "none"]),
         ("flite-validate", ["data", "--quiet"]),
         ("flite-validate", ["data", "--results-path", "out"]),
         ("flite-interactive", ["data", "--quiet"]),

@@ -210,7 +210,7 @@ def test_a_fixed_batch_size_needs_a_batch_size(data: Path) -> None:
 
 def test_long_sentences_are_shortened_where_asked(data: Path) -> None:
     shorter = {"sample_break_mode": "eos", "tokens_per_sample": 4}
-    for listed, cut in (("", True), ("train", True), ("valid", False), ("x,train", True)):
+    for listed, cut in (("", True), ("train", True), ("valid", False), ("test,train", True)):
         task = make(data, shorten_method="truncate", shorten_data_split_list=listed, **shorter)
         task.load_dataset("train")
         assert (int(task.dataset("train").sizes.max()) == 4) is cut
@@ -220,6 +220,19 @@ def test_long_sentences_are_shortened_where_asked(data: Path) -> None:
         task.load_dataset("train")
         read.append(task.dataset("train").collate(np.arange(60))["target"].tolist())
     assert read[0] == read[1] != read[2]
+
+
+def test_splits_to_shorten_exist(data: Path, languages: Path) -> None:
+    cut = {"shorten_method": "truncate", "tokens_per_sample": 4}
+    for listed in ("train, train1", "valid,test", "other"):
+        make(data, DatasetConfig(gen_subset="other"), shorten_data_split_list=listed, **cut)
+    with pytest.raises(ConfigError, match=r"list trian,valid: no split 'trian' in .*train,valid$"):
+        make(data, shorten_data_split_list="trian,valid", **cut)
+    # A model's own list, on another folder.
+    make(data, command="flite-validate", shorten_data_split_list="valid_ted", **cut)
+    # Languages are shortened alike, so a split in one of them would be no split.
+    with pytest.raises(ConfigError, match="no split 'valid_de'"):
+        multilingual(languages, shorten_data_split_list="train,valid_de", **cut)
 
 
 def test_training_blocks_are_the_same_in_every_epoch_and_crops_are_not(data: Path) -> None:
