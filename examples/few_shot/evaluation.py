@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 # Metrics of every task, beside its own.
 COMMON_METRICS = ("candidate_ppl", "gold_answer_ppl")
 
+# Metrics of what calibrates, where anything does.
+CALIBRATION_METRICS = ("calibration_ppl",)
+
 
 @dataclass(frozen=True)
 class Question:
@@ -136,9 +139,9 @@ class Evaluation:
             sep=planned.options.separator,
             language=planned.language,
         )
-        self.metrics = [
-            build_metric(name) for name in (*task_type(planned.task).metrics, *COMMON_METRICS)
-        ]
+        further = CALIBRATION_METRICS if planned.calibration_options else ()
+        names = (*task_type(planned.task).metrics, *COMMON_METRICS, *further)
+        self.metrics = [build_metric(name) for name in names]
 
     @functools.cached_property
     def task(self) -> FewShotTask:
@@ -345,7 +348,10 @@ class Evaluation:
             for name, value in measured(self.metrics, predictions).items():
                 columns.setdefault(name, []).append(value)
         if any(len(values) != len(trials) for values in columns.values()):
-            raise ConfigError(f"{planned.task}: a metric has numbers for some trials only")
+            raise ConfigError(
+                f"{planned.task}: a metric has numbers for some trials only: were some predicted by"
+                " another version? --override-completed predicts all anew"
+            )
         preferred = self.metrics[0]
         return {
             "format": results.FORMAT,
@@ -357,7 +363,7 @@ class Evaluation:
             "nb_few_shot_samples": planned.k,
             "calibration_options": list(planned.calibration_options),
             "calibrator_name": planned.options.calibrator_name,
-            "scoring": planned.options.scoring,
+            "scoring": planned.settings["scoring"],
             "train_set": planned.train_set,
             "valid_set": planned.valid_set,
             "eval_set": planned.eval_set,

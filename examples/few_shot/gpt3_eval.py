@@ -18,6 +18,7 @@ from typing import Any
 
 from examples.few_shot import results
 from examples.few_shot.builtins import load_builtins
+from examples.few_shot.heeded import remarks
 from examples.few_shot.options import DEFAULT_SHOTS, TASK_FLAGS, EvaluationOptions, flag_of
 from examples.few_shot.predictors.api import predictor_type
 from examples.few_shot.settings import (
@@ -154,6 +155,8 @@ def run_evaluations_from_model_name(model_name: str, **kwargs: Any) -> list[dict
     if kwargs.get("user_dir"):
         import_user_dir(kwargs["user_dir"])
     planned = plan(model_name, **kwargs)
+    for remark in remarks(planned, kwargs):
+        logger.warning(remark)
     options = planned[0].options
     left = tuple(planned)
     if options.skip_completed and not options.recalc_metrics_from_predictions:

@@ -125,6 +125,7 @@ def fitted(
     description: str,
     encoding: Encoding,
     room: int = 0,
+    most: int | None = None,
 ) -> tuple[Prompt, list[Ids]]:
     """The prompt with as many shots as fit, and its tokens (of each candidate, or of the prompt).
 
@@ -135,6 +136,7 @@ def fitted(
         description: said first.
         encoding: tokens and their limit.
         room: tokens kept free for a written answer.
+        most: no more shots than these, though more may fit; None for no such limit.
     """
 
     def attempt(count: int, said: str) -> tuple[Prompt, list[Ids]]:
@@ -146,10 +148,11 @@ def fitted(
     def fits(found: tuple[Prompt, list[Ids]]) -> bool:
         return max(map(len, found[1])) + room <= encoding.limit
 
-    found = attempt(len(shots), description)
-    if fits(found) or not (shots or description):
+    count = len(shots) if most is None else min(most, len(shots))
+    found = attempt(count, description)
+    if fits(found) or not (count or description):
         return found
-    fewest, most = 0, len(shots) - 1
+    fewest, most = 0, count - 1
     while fewest < most:
         middle = (fewest + most + 1) // 2
         fewest, most = (

@@ -167,4 +167,10 @@ def _number(value: Any) -> float:
 
 def _numbers(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Perplexities that were no number are that again; other nulls stay."""
-    return {k: math.nan if v is None and k.startswith("ppl") else v for k, v in meta.items()}
+    found: dict[str, Any] = {}
+    for key, value in meta.items():
+        if key == "calib_ppls":
+            found[key] = [_numbers(each) for each in value]
+        else:
+            found[key] = math.nan if value is None and key.startswith("ppl") else value
+    return found

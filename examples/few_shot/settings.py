@@ -304,12 +304,14 @@ def _evaluation(
         "seeds": list(seeds),
         "n_eval_samples": options.n_eval_samples or None,
         "max_positions": _max_positions(options),
+        # What these tasks do not heed makes no other evaluation of them.
+        "scoring": options.scoring if kind.kind == "choice" else None,
         "beam_size": options.beam_size if kind.kind in _WITH_BEAMS else 1,
         "train_sep": options.separator,
         "calibration_options": list(calibrations),
         "task_options": _plain(task_options),
         "template_options": _plain(template_options),
-    }
+    } | _batches(options)
     parts = [
         f"task.{name}",
         f"tmp.{template}",
@@ -317,7 +319,7 @@ def _evaluation(
         _part("val", valid_set, valid_lang),
         _part("eval", eval_set, language),
         f"calib.{options.calibrator_name}" if options.calibrator_name else None,
-        f"sco.{options.scoring}",
+        f"sco.{settings['scoring']}" if settings["scoring"] else None,
         f"fs{k}",
     ]
     prefix = _shortened("_".join(filter(None, parts)), digest(settings))
@@ -329,6 +331,14 @@ def _evaluation(
         settings, prefix, results / f"{prefix}_results.json",
         tuple(dump / f"{prefix}_seed{seed}_predictions.jsonl" for seed in seeds),
     )  # fmt: skip
+
+
+def _batches(options: EvaluationOptions) -> dict[str, Any]:
+    """What is computed together, where scores depend on it: full experts drop tokens."""
+    if options.moe_eval_capacity_token_fraction is None:
+        return {}
+    names = ("batch_size", "max_tokens", "distributed_world_size")
+    return {name: getattr(options, name) for name in names}
 
 
 def _shots_from(
@@ -389,6 +399,11 @@ def _max_positions(options: EvaluationOptions) -> int | None:
 
 def _calibrations(name: str, options: EvaluationOptions, said: Mapping[str, Any]) -> Names:
     found = as_names(said.get("calibration_options", ()), f"{name}_calibration_options")
+    if (found or options.calibrator_name) and task_type(name).kind != "choice":
+        flag = flag_of(name, "calibration_options") if found else "--calibrator-name"
+        raise ConfigError(
+            f"{flag}: {name} has no candidates whose scores could be calibrated; leave it out"
+        )
     if found and options.calibrator_name is None:
         raise ConfigError(
             f"{flag_of(name, 'calibration_options')}: say --calibrator-name"

@@ -165,12 +165,19 @@ def test_a_kill_loses_no_finished_evaluation(
     assert [without_times(each) for each in found] == [without_times(each) for each in whole]
 
 
-def test_a_capacity_is_for_experts(models: dict[str, Path], tasks: Path, tmp_path: Path) -> None:
+def test_a_capacity_is_for_experts(
+    models: dict[str, Path], tasks: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     words = ["--nshot", 0, "--tasks", "copa", "--data-dir", tasks, "--results-dir", tmp_path]
     with pytest.raises(ConfigError, match=r"--moe-eval-capacity-token-fraction 0\.5: .*no experts"):
         evaluate(models["dense"], *words, "--cap", 0.5)
+    assert not [text for text in caplog.messages if "drop tokens" in text]
     (found,) = evaluate(models["moe"], *words, "--cap", 0.5)
     assert found["settings"]["moe_eval_capacity_token_fraction"] == 0.5
+    (said,) = [text for text in caplog.messages if "drop tokens" in text]
+    assert "scores depend on what is computed together: --batch-size, --max-tokens" in said
+    (other,) = evaluate(models["moe"], *words, "--cap", 0.5, "--max-tokens", 64)
+    assert other["settings_hash"] != found["settings_hash"]
 
 
 def test_a_checkpoint_that_is_not_there_is_one_line(tasks: Path, tmp_path: Path) -> None:

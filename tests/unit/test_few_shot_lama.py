@@ -6,10 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from examples.few_shot import sampling
 from examples.few_shot.metrics.api import build_metric
-from examples.few_shot.predictors.api import Prediction, ScoredCandidate
+from examples.few_shot.models.dummy import DummyModel
+from examples.few_shot.predictors.api import (
+    Prediction,
+    PredictorOptions,
+    ScoredCandidate,
+    Trial,
+)
+from examples.few_shot.predictors.prompting import CLMPrompting
 from examples.few_shot.samples import FewShotSample
 from examples.few_shot.settings import plan
 from examples.few_shot.tasks.api import TASKS, task_names
@@ -43,7 +52,9 @@ def test_sentences_of_conceptnet_and_squad(tmp_path: Path) -> None:
     assert template.encode(second) == "A bird. It can <mask> far."
     assert full_prompt(template, second, first) == ["When alive you think. A bird. It can fly far."]
     found = scores_of(task, template, [first, second], k=0)
-    assert set(found) == {"precision@1", "precision@10", "mrr"} and 0 < found["mrr"] <= 1
+    single = {f"{name}_single_token" for name in task.metrics}
+    assert set(found) == {*task.metrics, *single, "single_token_answers"}
+    assert 0 < found["mrr"] <= 1 and found["single_token_answers"] == 0  # a token is a letter
     write_jsonl(tmp_path / "LAMA/Squad/test.jsonl", {"masked_sentences": ["It was [MASK]."]})
     text = reason(make_task("lama_squad", tmp_path), "squad_test")
     assert "Squad/test.jsonl:1: is no row of lama_squad: has no field 'obj_label'" in text
@@ -80,16 +91,54 @@ def test_trex_takes_templates_from_relations(tmp_path: Path) -> None:
 
 
 def test_rank_metrics() -> None:
-    def ranked(rank: int) -> Prediction:
+    def ranked(rank: int, tokens: int) -> Prediction:
         sample = FewShotSample({}, ("w",), ("w",))
-        return Prediction(sample, (ScoredCandidate("w", -1.0, {"rank": rank}),))
+        meta = {"rank": rank, "answer_tokens": tokens}
+        return Prediction(sample, (ScoredCandidate("w", -1.0, meta),))
 
-    predictions = [ranked(1), ranked(4), ranked(10), ranked(20)]
-    assert build_metric("precision@1").score(predictions) == {"precision@1": 25}
-    assert build_metric("precision@10").score(predictions) == {"precision@10": 75}
-    assert build_metric("mrr").score(predictions)["mrr"] == pytest.approx(
-        (1 + 1 / 4 + 1 / 10 + 1 / 20) / 4
-    )
+    predictions = [ranked(1, 1), ranked(4, 2), ranked(10, 2), ranked(20, 1)]
+    assert build_metric("precision@1").score(predictions) == {
+        "precision@1": 25, "precision@1_single_token": 50, "single_token_answers": 50,
+    }  # fmt: skip
+    assert build_metric("precision@10").score(predictions) == {
+        "precision@10": 75, "precision@10_single_token": 50,
+    }  # fmt: skip
+    assert build_metric("mrr").score(predictions) == {
+        "mrr": pytest.approx((1 + 1 / 4 + 1 / 10 + 1 / 20) / 4),
+        "mrr_single_token": pytest.approx((1 + 1 / 20) / 2),
+    }
+    for name in ("precision@1", "precision@10", "mrr"):
+        said = build_metric(name).definition()
+        assert "Of an answer of several tokens the first alone counts" in said
+
+
+class Words(DummyModel):
+    """Tokens are letters, but for one name."""
+
+    name = "Bonn"
+
+    def encode(self, text: str) -> Any:
+        before, found, after = text.partition(f" {self.name}")
+        parts = [super().encode(before), np.array([255] * bool(found)), super().encode(after)]
+        return np.concatenate(parts).astype(np.int64)
+
+
+def test_the_first_token_of_an_answer_is_ranked_and_its_tokens_are_counted(tmp_path: Path) -> None:
+    rows = [
+        {"predicate_id": "P19", "sub_label": who, "obj_label": where, "template": "[X]: [Y] ."}
+        for who, where in (("Ann", "Bonn"), ("Bob", "Rome"))
+    ]
+    write_jsonl(tmp_path / "lama/trex16.jsonl", *rows)
+    task = make_task("lama_trex", tmp_path)
+    samples = task.samples("trex")
+    shots = sampling.draw((), 0, seed=0, trial=0, task="t")
+    trial = Trial(task, make_template("lama"), samples, shots, samples)
+    model = Words()
+    one, two = CLMPrompting(model, PredictorOptions()).predict(trial)
+    assert [p.candidates[0].meta["answer_tokens"] for p in (one, two)] == [1, len("Rome")]
+    for prediction, context, token in ((one, "Ann:", 255), (two, "Bob: ", ord("R"))):
+        (expected,) = model.rank([model.encode(context)], [token])
+        assert prediction.candidates[0].meta["rank"] == expected.rank
 
 
 CITIES = ("Bonn", "Rom", "Kiew", "Oslo")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.few_shot.metrics.basic import CandidatePerplexity
+from examples.few_shot.metrics.basic import CalibrationPerplexity, CandidatePerplexity
 from examples.few_shot.models.dummy import DummyModel
 from examples.few_shot.predictors.api import PredictorOptions, Trial
 from examples.few_shot.predictors.prompting import CLMPrompting
@@ -176,6 +176,64 @@ def test_all_questions_get_as_many_shots_as_the_longest_has_room_for() -> None:
             trial(*questions, k=4, pool=pool)
         )
         assert [one.meta["nb_few_shot_samples"] for one in found] == expected
+        left_out = [4 - count for count in expected]
+        assert [one.meta["nb_trunc_few_shot_samples"] for one in found] == left_out
+
+
+@pytest.mark.parametrize("kind", ["generation", "ranking"])
+@pytest.mark.parametrize("same", [False, True])
+def test_written_and_ranked_answers_get_as_many_shots_too(kind: str, same: bool) -> None:
+    class Other(Task):
+        max_new_tokens = 3
+
+    Other.kind = kind  # type: ignore[assignment]
+    answers = () if kind == "generation" else ("yes",)
+    pool = tuple(question(f"{n}?") for n in range(4))
+    long = "W" + "h" * 40 + "y?"
+    questions = [FewShotSample({"q": q}, answers, ("yes",)) for q in ("Why?", long)]
+    limit = len("Q: Why?\nA: yes") + 4 * len("Q: 0?\nA: yes\n")
+    shots = draw(pool, 4, seed=0, trial=0, task="t")
+    found = predictor(max_positions=limit, same_number_of_shots=same, add_prompt=True).predict(
+        Trial(Other(), Questions(sep="\n"), questions, shots, questions)
+    )
+    expected = [1, 1] if same else [4, 1]
+    assert [one.meta["nb_few_shot_samples"] for one in found] == expected
+    prompts = [one.candidates[0].meta["prompt"] for one in found]
+    assert [prompt.count("A: yes") for prompt in prompts] == expected
+
+
+@pytest.mark.parametrize("kind", ["generation", "ranking"])
+def test_written_and_ranked_answers_tell_of_prompts_that_are_cut(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Other(Task):
+        max_new_tokens = 3
+
+    Other.kind = kind  # type: ignore[assignment]
+    answers = () if kind == "generation" else ("yes",)
+    questions = [FewShotSample({"q": q}, answers, ("yes",)) for q in ("Why?", "Wh" * 20 + "?")]
+    shots = draw((), 0, seed=0, trial=0, task="t")
+    predictor(max_positions=30).predict(
+        Trial(Other(), Questions(), questions, shots, questions)
+    )  # fmt: skip
+    (message,) = caplog.messages
+    assert message.startswith("t: 1 of 2 prompts do not fit in 30 tokens")
+
+
+def test_perplexities_of_what_calibrates_are_those_of_its_copies() -> None:
+    options = {"calibrator": "average_option", "calibration_options": ("q::", "q::N/A")}
+    asked = [question("One?"), question("Two, then?")]
+    found = predictor(**options).predict(trial(*asked))
+    plain = [predictor().predict(trial(question(text)))[0] for _ in asked for text in ("", "N/A")]
+    expected = CandidatePerplexity().score(plain)
+    numbers = CalibrationPerplexity().score(found)
+    assert {name: pytest.approx(value) for name, value in numbers.items()} == {
+        name.replace("ppl", "ppl_calib", 1): value
+        for name, value in expected.items()
+        if name.startswith("ppl")
+    }
+    assert {"ppl_calib_common_prefix", "ppl_calib_candidates_full_prompt__yes"} <= set(numbers)
+    assert CalibrationPerplexity().score(plain) == {}
 
 
 def test_candidates_that_all_questions_have_get_a_perplexity_of_their_own() -> None:

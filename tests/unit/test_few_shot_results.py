@@ -207,6 +207,24 @@ def test_metrics_are_computed_anew_from_predictions(data: Path) -> None:
     assert results.read_results(one.results_file) == results.strict(found)
 
 
+def test_perplexities_of_calibration_are_there_where_it_is(data: Path) -> None:
+    options = {"calibrator_name": "average_option", "copa_calibration_options": ["premise::"]}
+    one = planned(data, **options, nb_few_shot_samples_values=[0])
+    found = evaluate(one)
+    names = {name for name in found if name.startswith("ppl_calib")}
+    assert names >= {f"ppl_calib_{name}" for name in (
+        "common_prefix", "selected_candidate", "full_selected_candidate", "candidates",
+        "candidates_full_prompt")}  # fmt: skip
+    assert found["metric_definitions"]["calibration_ppl"].startswith("Perplexities of the copies")
+    again = planned(
+        data, **options, nb_few_shot_samples_values=[0], recalc_metrics_from_predictions=True
+    )
+    assert results.strict(Evaluation(again, None).recalculated()) == results.strict(found)
+    plain = evaluate(planned(data, nb_few_shot_samples_values=[0]))
+    assert not any("calib" in name for name in {*plain, *plain["metric_definitions"]} - {
+        "calibrator_name", "calibration_options"})  # fmt: skip
+
+
 def test_recalculation_needs_predictions(data: Path) -> None:
     one = planned(data)
     evaluate(one)

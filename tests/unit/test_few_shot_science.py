@@ -144,19 +144,36 @@ def test_exams_are_told_apart_by_language(tmp_path: Path) -> None:
     assert "has no sample" in reason(make_task("exams", tmp_path, "bg"), "dev")
 
 
-def test_paragraphs_stand_in_front_of_exams(tmp_path: Path) -> None:
-    with_para = exam("Polish")
-    with_para["question"]["choices"][0]["para"] = ["One. ", "Two.", "Three."]
-    with_para["question"]["choices"][1]["para"] = "One."
-    write_jsonl(tmp_path / "exams/multilingual/with_paragraphs/dev_with_para.jsonl", with_para)
+def with_paragraphs(field: str, first: object, second: object) -> dict[str, Any]:
+    found = exam("Polish")
+    for each, text in zip(found["question"]["choices"], (first, second), strict=True):
+        each[field] = text
+    return found
+
+
+@pytest.mark.parametrize(
+    ("file", "field"), [("with_hits/dev", "hits"), ("with_paragraphs/dev_with_para", "para")]
+)
+def test_paragraphs_stand_in_front_of_exams(file: str, field: str, tmp_path: Path) -> None:
+    row = with_paragraphs(field, ["One.\n\n", "Two.", "Three."], ["One."])
+    write_jsonl(tmp_path / f"exams/multilingual/{file}.jsonl", row)
     write_jsonl(tmp_path / "exams/dev.jsonl", exam("Polish"))
     template = make_template("exams")
-    for hits, said in [(0, ""), (1, "One.\n"), (2, "One. Two.\n")]:
+    for hits, said in [(0, ""), (1, "One.\n"), (2, "One. Two.\n"), (9, "One. Two. Three.\n")]:
         (sample,) = make_task("exams", tmp_path, "pl", max_hits_cnt=hits).samples("dev")
         assert full_prompt(template, sample)[0] == said + "Was?\ndies."
     write_jsonl(tmp_path / "bare.jsonl", exam("Polish"))
     task = make_task("exams", tmp_path, "pl", max_hits_cnt=1)
-    assert "bare.jsonl:1: has no `para`" in reason(task, str(tmp_path / "bare.jsonl"))
+    assert "bare.jsonl:1: has neither `hits` nor" in reason(task, str(tmp_path / "bare.jsonl"))
+
+
+def test_a_paragraph_that_is_one_text_is_taken_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "exams/with_paragraphs/dev_with_para.jsonl"
+    write_jsonl(file, with_paragraphs("para", "One. Two.", "Three."))
+    (sample,) = make_task("exams", tmp_path, "pl", max_hits_cnt=1).samples("dev")
+    assert sample["context"] == "One. Two. Three."
+    text = reason(make_task("exams", tmp_path, "pl", max_hits_cnt=2), "dev")
+    assert f"{file}:1: `para` is one text, of which --max-hits-cnt 2 cannot tell" in text
 
 
 def test_calibration_asks_without_the_question(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from examples.few_shot.metrics.api import METRICS, Metric, accuracy, mean, percentage
 from examples.few_shot.predictors.api import Prediction
@@ -73,19 +74,11 @@ class CandidatePerplexity(Metric):
     """
 
     def score(self, predictions: Sequence[Prediction]) -> Mapping[str, float]:
-        found: dict[str, float] = {}
-        if all("ppl" in p.meta for p in predictions):
-            found["ppl_common_prefix"] = _finite_mean([p.meta["ppl"] for p in predictions])
-        for name, key in (("", "ppl"), ("_full", "ppl_full")):
-            if not all(key in c.meta for p in predictions for c in p.candidates):
-                continue
-            every = [c.meta[key] for p in predictions for c in p.candidates]
-            found[f"ppl{name}_selected_candidate"] = mean([p.best.meta[key] for p in predictions])
-            found["ppl_candidates" + ("_full_prompt" if name else "")] = mean(every)
-            if name and len({p.sample.candidates for p in predictions}) == 1:
-                for j, candidate in enumerate(predictions[0].sample.candidates):
-                    its = [p.candidates[j].meta[key] for p in predictions]
-                    found[f"ppl_candidates_full_prompt__{candidate}"] = mean(its)
+        asked = [
+            _Asked(p.meta.get("ppl"), p.candidates.index(p.best), [c.meta for c in p.candidates])
+            for p in predictions
+        ]
+        found = _perplexities("ppl", asked, _common_names(predictions))
         for name, key in (
             ("nb_few_shot_samples_fitted", "nb_few_shot_samples"),
             ("nb_trunc_few_shot_samples", "nb_trunc_few_shot_samples"),
@@ -95,13 +88,78 @@ class CandidatePerplexity(Metric):
         return found
 
 
+@METRICS.register("calibration_ppl")
+class CalibrationPerplexity(Metric):
+    """Perplexities of the copies that calibrate, averaged over questions and options.
+
+    ppl_calib_common_prefix, ppl_calib_selected_candidate, ppl_calib_full_selected_candidate,
+    ppl_calib_candidates, ppl_calib_candidates_full_prompt and with __NAME behind it: what
+    candidate_ppl says without `calib`, with the fields that an option replaces. The best candidate
+    is that with the highest score in the copy itself.
+    """
+
+    def score(self, predictions: Sequence[Prediction]) -> Mapping[str, float]:
+        if not all("calib_ppls" in p.meta for p in predictions):
+            return {}
+        asked = [
+            _Asked(copy["ppl"], copy["best"], [c.meta["calib_ppls"][i] for c in p.candidates])
+            for p in predictions
+            for i, copy in enumerate(p.meta["calib_ppls"])
+        ]
+        return _perplexities("ppl_calib", asked, _common_names(predictions))
+
+
+class _Asked(NamedTuple):
+    """Perplexities of one prompt.
+
+    Attributes:
+        prefix: of what candidates begin with; None where there is no such thing.
+        best: the number of the best candidate.
+        candidates: `ppl` and, where the prompt was scored, `ppl_full` of each.
+    """
+
+    prefix: float | None
+    best: int
+    candidates: Sequence[Mapping[str, float]]
+
+
+def _perplexities(
+    name: str, asked: Sequence[_Asked], candidates: Sequence[str]
+) -> dict[str, float]:
+    """What candidate_ppl says, as far as it is known.
+
+    Args:
+        name: what names of numbers begin with.
+        asked: prompts.
+        candidates: those of all prompts; none where prompts differ in them.
+    """
+    found: dict[str, float] = {}
+    prefixes = [each.prefix for each in asked if each.prefix is not None]
+    if len(prefixes) == len(asked):
+        found[f"{name}_common_prefix"] = mean([v for v in prefixes if not math.isnan(v)])
+    for full, key in (("", "ppl"), ("_full", "ppl_full")):
+        if not all(key in c for each in asked for c in each.candidates):
+            continue
+        best = [each.candidates[each.best][key] for each in asked]
+        found[f"{name}{full}_selected_candidate"] = mean(best)
+        every = [c[key] for each in asked for c in each.candidates]
+        of_all = f"{name}_candidates" + ("_full_prompt" if full else "")
+        found[of_all] = mean(every)
+        for j, candidate in enumerate(candidates if full else ()):
+            its = [each.candidates[j][key] for each in asked]
+            found[f"{of_all}__{candidate}"] = mean(its)
+    return found
+
+
+def _common_names(predictions: Sequence[Prediction]) -> tuple[str, ...]:
+    """The candidates that all questions have; none where they differ."""
+    distinct = {p.sample.candidates for p in predictions}
+    return next(iter(distinct)) if len(distinct) == 1 else ()
+
+
 def _gold(prediction: Prediction) -> tuple[str, ...]:
     return prediction.sample.correct
 
 
 def _known(prediction: Prediction, key: str) -> bool:
     return bool(prediction.sample.correct) and all(key in c.meta for c in prediction.candidates)
-
-
-def _finite_mean(values: Sequence[float]) -> float:
-    return mean([v for v in values if not math.isnan(v)])

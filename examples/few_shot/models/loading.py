@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from examples.few_shot import model_configs
@@ -10,6 +11,8 @@ from examples.few_shot.models.api import Model
 from examples.few_shot.options import EvaluationOptions
 from fairseq_lite.errors import CheckpointError, ConfigError, FliteError
 from fairseq_lite.parallel.world import World
+
+logger = logging.getLogger(__name__)
 
 # The predictor that asks Hugging Face's models only.
 _HUGGING_FACE = "clmpromptinghuggingface"
@@ -147,6 +150,12 @@ def _ours(path: str, config: ModelConfig, options: EvaluationOptions, world: Wor
     if capacity is not None and not any(has_experts(each) for each in model.lm.models):
         raise ConfigError(
             f"--moe-eval-capacity-token-fraction {capacity}: {path} has no experts; leave it out"
+        )
+    if capacity is not None:
+        logger.warning(
+            "--moe-eval-capacity-token-fraction %s: experts that are full drop tokens, so scores"
+            " depend on what is computed together: --batch-size, --max-tokens, order, processes",
+            capacity,
         )
     return model
 

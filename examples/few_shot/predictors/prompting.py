@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from examples.few_shot import calibration, prompting, scoring
-from examples.few_shot.models.api import GenerateRequest, Model, ScoreRequest, Scores
+from examples.few_shot.models.api import GenerateRequest, Ids, Model, ScoreRequest, Scores
 from examples.few_shot.predictors.api import (
     PREDICTORS,
     Prediction,
@@ -20,6 +20,7 @@ from examples.few_shot.predictors.api import (
     ScoredCandidate,
     Trial,
 )
+from examples.few_shot.samples import FewShotSample
 from fairseq_lite.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -88,25 +89,16 @@ class CLMPrompting(Predictor):
 
     def _questions(self, trial: Trial) -> list[_Question]:
         """Every question and its copies for calibration, behind the same shots."""
-        counts = self._shot_counts(trial) if self.options.same_number_of_shots else None
+        most = self._most_shots(trial)
         found: list[_Question] = []
         for number, sample in enumerate(trial.questions):
             texts = self._shots(trial, number)
-            if counts is not None:
-                texts = texts[:counts]
             copies = calibration.copies(sample, self.options.calibration_options)
             for option, copy in enumerate([sample, *copies]):
-                prompt, sequences = prompting.fitted(
-                    trial.template, copy, texts, self._description(trial), self.encoding
-                )
+                prompt, sequences = self._fitted(trial, copy, texts, most)
                 encoded = prompting.encode(prompt, sequences, self.encoding)
                 found.append(_Question(number, option - 1 if option else None, encoded))
-        cut = sum(q.encoded.cut > 0 for q in found if q.option is None)
-        if cut:
-            logger.warning(
-                "%s: %d of %d prompts are longer than %d tokens without any shot and are cut from"
-                " the left", trial.task.name, cut, len(trial.questions), self.encoding.limit,
-            )  # fmt: skip
+        self._tell_cut(trial, sum(q.encoded.cut > 0 for q in found if q.option is None))
         return found
 
     def _scores(self, questions: Sequence[_Question], trial: Trial) -> list[Scores]:
@@ -165,6 +157,7 @@ class CLMPrompting(Predictor):
             meta = self._meta(question.encoded, scores, j, known[j]) | {"score_raw": raw[j]}
             if calibrating:
                 meta["calib_score"] = means[j]
+                meta["calib_ppls"] = [_perplexities(copy[j]) for copy in copies]
                 if self.options.add_calib:
                     meta["calib_metas"] = [
                         {"option": option, "score": its_scores[j], **_kept(copy[j])}
@@ -173,14 +166,16 @@ class CLMPrompting(Predictor):
                         )
                     ]
             candidates.append(ScoredCandidate(name, raw[j] - means[j], meta))
-        context = known[0]
         meta = {
-            "ppl": scoring.perplexity(
-                context.context, 0 if context.skipped else context.context_tokens
-            ),
+            "ppl": _context_perplexity(known),
             **_shots_meta(question.encoded.prompt),
             "tokens_cut": question.encoded.cut,
         }
+        if calibrating:
+            meta["calib_ppls"] = [
+                {"ppl": _context_perplexity(copy), "best": int(np.argmax(scores))}
+                for copy, scores in zip(copies, calibrating, strict=True)
+            ]
         return Prediction(trial.questions[question.number], tuple(candidates), meta)
 
     def _token_scores(
@@ -211,12 +206,8 @@ class CLMPrompting(Predictor):
         self, encoded: prompting.Encoded, scores: Scores, j: int, known: scoring.TokenScores
     ) -> dict[str, Any]:
         meta: dict[str, Any] = {
-            "ppl": scoring.perplexity(math.fsum(known.tail), len(known.tail)),
-            "greedy": scores.greedy[j],
-            **_kept(known),
-        }
-        if not known.skipped:
-            meta["ppl_full"] = scoring.perplexity(known.total, known.tokens)
+            **_perplexities(known), "greedy": scores.greedy[j], **_kept(known)
+        }  # fmt: skip
         if self.options.add_prompt:
             meta["prompt"] = encoded.prompt.texts[j]
         if self.options.add_positional_scores:
@@ -231,17 +222,17 @@ class CLMPrompting(Predictor):
 
     def _write(self, trial: Trial) -> list[Prediction]:
         room = trial.task.max_new_tokens
-        prompts, requests = [], []
+        most = self._most_shots(trial, room)
+        prompts, requests, cut = [], [], 0
+        longest = max(self.encoding.limit - room, 1)
         for number, sample in enumerate(trial.questions):
             assert not trial.template.split(sample)[1], "a prompt to go on from ends with its mask"
-            prompt, _ = prompting.fitted(
-                trial.template, sample, self._shots(trial, number), self._description(trial),
-                self.encoding, room,
-            )  # fmt: skip
+            prompt, _ = self._fitted(trial, sample, self._shots(trial, number), most, room)
             prompts.append(prompt)
             ids = self.encoding(prompt.before.rstrip(" "))
-            ids = ids[-max(self.encoding.limit - room, 1) :]
-            requests.append(GenerateRequest(ids, room, trial.task.stop))
+            cut += len(ids) > longest
+            requests.append(GenerateRequest(ids[-longest:], room, trial.task.stop))
+        self._tell_cut(trial, cut)
         written = self.lm.generate(requests, beam=self.options.beam_size, progress=trial.progress)
         found = []
         for prompt, text in zip(prompts, written, strict=True):
@@ -253,27 +244,39 @@ class CLMPrompting(Predictor):
 
     def _rank(self, trial: Trial) -> list[Prediction]:
         """Where the answer stands in the vocabulary; of several tokens the first."""
-        contexts, wanted, prompts = [], [], []
+        contexts, wanted, prompts, cut = [], [], [], 0
+        most = self._most_shots(trial)
         for number, sample in enumerate(trial.questions):
-            prompt, sequences = prompting.fitted(
-                trial.template, sample, self._shots(trial, number), self._description(trial),
-                self.encoding,
-            )  # fmt: skip
+            texts = self._shots(trial, number)
+            prompt, sequences = self._fitted(trial, sample, texts, most)
             encoded = prompting.encode(prompt, sequences, self.encoding)
             ids = encoded.request.continuations[0]
             start = max(encoded.starts[0], 0)
             contexts.append(np.concatenate([encoded.request.context, ids[:start]]))
             wanted.append(int(ids[min(start, len(ids) - 1)]))
             prompts.append(prompt)
+            cut += encoded.cut > 0
+        self._tell_cut(trial, cut)
         top = max(10, self.options.beam_size)
         found = []
         ranked = self.lm.rank(contexts, wanted, top=top)
         for prompt, one in zip(prompts, ranked, strict=True):
             symbols = self.lm.symbols(np.array(one.top, dtype=np.int64))
-            meta = {"rank": one.rank, "top_ranked_predictions": symbols}
+            meta = {
+                "rank": one.rank,
+                "top_ranked_predictions": symbols,
+                "answer_tokens": self._answer_tokens(prompt),
+                **({"prompt": prompt.before} if self.options.add_prompt else {}),
+            }
             candidate = ScoredCandidate(prompt.sample.correct[0], one.log_prob, meta)
             found.append(Prediction(prompt.sample, (candidate,), _shots_meta(prompt)))
         return found
+
+    def _answer_tokens(self, prompt: prompting.Prompt) -> int:
+        """How many tokens the answer has behind its prompt."""
+        with_answer = self.encoding(prompt.before + prompt.answers[0])
+        before = scoring.common_prefix([self.encoding(prompt.before), with_answer])
+        return max(len(with_answer) - before, 1)
 
     def _measure(self, trial: Trial) -> list[Prediction]:
         """Log-probabilities of whole texts, in windows that do not overlap."""
@@ -313,20 +316,52 @@ class CLMPrompting(Predictor):
         parent = trial.parents[number]
         return [trial.template.encode_correct_candidate(shot) for shot in trial.shots.of(parent)]
 
-    def _shot_counts(self, trial: Trial) -> int:
-        """How many shots fit every question."""
-        counts = [
-            prompting.fitted(
-                trial.template, sample, self._shots(trial, number), self._description(trial),
-                self.encoding,
-            )[0].shots
+    def _most_shots(self, trial: Trial, room: int = 0) -> int | None:
+        """How many shots fit every question, where all are to have as many; else no limit."""
+        if not self.options.same_number_of_shots:
+            return None
+        every = (
+            self._fitted(trial, sample, self._shots(trial, number), None, room)[0]
             for number, sample in enumerate(trial.questions)
-        ]  # fmt: skip
-        return min(counts, default=0)
+        )
+        return min((prompt.shots for prompt in every), default=0)
+
+    def _fitted(
+        self,
+        trial: Trial,
+        sample: FewShotSample,
+        shots: Sequence[str],
+        most: int | None,
+        room: int = 0,
+    ) -> tuple[prompting.Prompt, list[Ids]]:
+        """A question behind as many shots as fit; see `prompting.fitted`."""
+        said = self._description(trial)
+        return prompting.fitted(trial.template, sample, shots, said, self.encoding, room, most)
+
+    def _tell_cut(self, trial: Trial, count: int) -> None:
+        if count:
+            logger.warning(
+                "%s: %d of %d prompts do not fit in %d tokens without any shot and are cut from the"
+                " left", trial.task.name, count, len(trial.questions), self.encoding.limit,
+            )  # fmt: skip
 
     @staticmethod
     def _description(trial: Trial) -> str:
         return trial.template.task_description or trial.task.description
+
+
+def _perplexities(known: scoring.TokenScores) -> dict[str, float]:
+    """Of a candidate from where candidates differ, and with its prompt, if that was scored."""
+    found = {"ppl": scoring.perplexity(math.fsum(known.tail), len(known.tail))}
+    if not known.skipped:
+        found["ppl_full"] = scoring.perplexity(known.total, known.tokens)
+    return found
+
+
+def _context_perplexity(candidates: Sequence[scoring.TokenScores]) -> float:
+    """Of what candidates begin with; NaN where that was not scored."""
+    known = candidates[0]
+    return scoring.perplexity(known.context, 0 if known.skipped else known.context_tokens)
 
 
 def _shots_meta(prompt: prompting.Prompt) -> dict[str, Any]:

@@ -24,6 +24,9 @@ _GOOGLE_RE = {
 class LAMA(FewShotTask):
     """A part of LAMA (Petroni et al. 2019).
 
+    What is ranked is one token: of an answer of several the first. In `mlama_trex` and
+    `mlama_googlere`, whose languages have English among them, whole answers are compared.
+
     Samples have the fields `sentence`, with [MASK] where the answer belongs, `relation`, `subject`
     and `answer`; the answer is the one candidate. A fact that is there twice is asked once.
     """

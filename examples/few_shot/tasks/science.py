@@ -114,7 +114,9 @@ class ExamsConfig:
     """How much is said in front of a question."""
 
     max_hits_cnt: int = flag(
-        0, "EXAMS: paragraphs per choice in front of the question, from the files with_paragraphs"
+        0,
+        "EXAMS: paragraphs per choice in front of the question, of the files with_hits; those"
+        " with_paragraphs have one, of all that was found",
     )
 
 
@@ -129,8 +131,9 @@ _EXAMS_LANGUAGES = {
 class Exams(ScienceTask):
     """EXAMS, its multilingual part (Hardalov et al. 2020); one file has all languages.
 
-    A paragraph may be a text or a list of texts in the field `para` of a choice; a text counts as
-    one paragraph.
+    Paragraphs are the texts listed in the field `hits` of a choice, or the field `para`: a list
+    too, or one text, as the published files have it. What was found for a choice is joined there,
+    and can be had as a whole only: --max-hits-cnt 1.
     """
 
     cfg: ExamsConfig
@@ -140,10 +143,13 @@ class Exams(ScienceTask):
 
     def path(self, set_name: str) -> Path:
         if self.cfg.max_hits_cnt and set_name in self.sets:
-            name = f"{set_name}_with_para.jsonl"
-            folders = ("exams/multilingual/with_paragraphs", "exams/with_paragraphs", "exams")
-            names = tuple(f"{folder}/{name}" for folder in folders)
-            return files.existing(self.name, self.data_dir, names)
+            names = [
+                f"exams/{part}{name}.jsonl"
+                for part in ("multilingual/", "")
+                for name in (f"with_hits/{set_name}", f"with_paragraphs/{set_name}_with_para")
+            ]
+            names.append(f"exams/{set_name}_with_para.jsonl")
+            return files.existing(self.name, self.data_dir, tuple(names))
         return super().path(set_name)
 
     def sample(self, row: dict[str, Any], where: str) -> FewShotSample | None:
@@ -152,10 +158,18 @@ class Exams(ScienceTask):
         return super().sample(row, where) if mine and row["answerKey"] != "@" else None
 
     def context(self, row: Mapping[str, Any], where: str) -> str:
+        most = self.cfg.max_hits_cnt
         found: dict[str, None] = {}
-        for each in row["question"]["choices"] if self.cfg.max_hits_cnt else ():
-            if "para" not in each:
-                raise DataError(f"{where}: has no `para`, which --max-hits-cnt needs")
-            hits = [each["para"]] if isinstance(each["para"], str) else each["para"]
-            found.update(dict.fromkeys(hit.strip() for hit in hits[: self.cfg.max_hits_cnt]))
+        for each in row["question"]["choices"] if most else ():
+            hits = each.get("hits", each.get("para"))
+            if hits is None:
+                raise DataError(f"{where}: has neither `hits` nor `para`: --max-hits-cnt needs one")
+            if isinstance(hits, str):
+                if most > 1:
+                    raise DataError(
+                        f"{where}: `para` is one text, of which --max-hits-cnt {most} cannot tell"
+                        " the paragraphs apart; 1 takes all of it"
+                    )
+                hits = [hits]
+            found.update(dict.fromkeys(" ".join(hit.split()) for hit in hits[:most]))
         return " ".join(filter(None, found))
