@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fairseq_lite.config.core import RunConfig
 from fairseq_lite.errors import ConfigError
 from fairseq_lite.models import presets
 from fairseq_lite.models.api import (
@@ -35,6 +36,7 @@ from fairseq_lite.models.layers import (
 )
 from fairseq_lite.models.transformer_layers import TransformerDecoderLayer, TransformerEncoderLayer
 from fairseq_lite.models.upgrade import drop_old_final_norm, upgrade_names
+from fairseq_lite.moe.flags import MoEConfig
 from fairseq_lite.moe.router import RouterReport
 from fairseq_lite.parallel.experts import shared_parameters
 
@@ -280,6 +282,13 @@ class DecodingModel(Model):
     decoder: TransformerDecoder
     decoder_type: ClassVar[type[TransformerDecoder]] = TransformerDecoder
     """What `build_decoder` makes; an architecture with another one overrides this."""
+
+    @classmethod
+    def check_run(cls, run: RunConfig, world_size: int) -> None:
+        """Refuse experts that would take no token of any batch."""
+        flags = run.model.config
+        if isinstance(flags, MoEConfig):
+            flags.check_capacity(run.dataset.max_tokens)
 
     @classmethod
     def build_decoder(

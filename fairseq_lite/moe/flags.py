@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Collection, Mapping
 from typing import Literal
@@ -10,6 +11,8 @@ from typing import Literal
 from fairseq_lite.config.flags import flag
 from fairseq_lite.errors import ConfigError
 from fairseq_lite.moe.options import MoEOptions, RouterOptions, SecondExpertPolicy
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +123,7 @@ class MoEConfig:
             )
 
     def check_typed(self, names: Collection[str]) -> None:
-        """Refuse flags of experts for a model that has none.
+        """Refuse flags of experts for a model that has none, and say what a capacity leaves out.
 
         Only those that are typed: the configuration of a dense model may hold any values.
 
@@ -129,6 +132,8 @@ class MoEConfig:
         """
         dense = any(s.alternate_width and self._every(s) for s in self.stacks().values())
         if dense or self.experts_to_spread() is not None:
+            if "moe_capacity_factor" in names:
+                self._say_what_is_dropped()
             return
         for name in self.moe_fields_set():
             if name in names:
@@ -136,6 +141,45 @@ class MoEConfig:
                     f"--{name.replace('_', '-')}: no layer has experts: say which with --moe-freq N"
                     " (every N-th layer), or leave it out"
                 )
+
+    def _say_what_is_dropped(self) -> None:
+        # All experts together take factor x S of the top_k x S choices, however even they are.
+        served = self._capacity_factor / self._top_k
+        if 0 < served < 0.5:
+            logger.warning(
+                "--moe-capacity-factor %g: experts turn away at least %.1f%% of all choices in "
+                "training; 0 is for experts that take as many tokens as come",
+                self._capacity_factor,
+                100 * (1 - served),
+            )
+
+    def check_capacity(self, tokens: int | None) -> None:
+        """Refuse experts that take no token of any batch.
+
+        Args:
+            tokens: of the largest batch of one process; None where that is not known.
+
+        Raises:
+            ConfigError: with the least factor that lets them take one.
+        """
+        if tokens is None or self.experts_to_spread() is None or not self._capacity_factor:
+            return
+        share = math.ceil(tokens / self.moe_expert_count)
+        if int(self._capacity_factor * share) == 0:
+            least = math.ceil(1e4 / share) / 1e4
+            raise ConfigError(
+                f"--moe-capacity-factor {self._capacity_factor:g}: each of "
+                f"{self.moe_expert_count} experts takes no token of {tokens}, the largest batch "
+                f"(--max-tokens): expected {least:g} or more, or 0 for as many as come"
+            )
+
+    @property
+    def _top_k(self) -> Literal[1, 2]:
+        return 1 if self.moe_top1_expert else 2
+
+    @property
+    def _capacity_factor(self) -> float:
+        return float(self._top_k) if self.moe_capacity_factor is None else self.moe_capacity_factor
 
     def moe_fields_set(self) -> list[str]:
         """The fields of mixtures of experts that are not at their defaults."""
@@ -210,15 +254,13 @@ class MoEConfig:
         every = max(self.moe_freq, freq)
         if every <= 0:
             return None
-        top_k: Literal[1, 2] = 1 if self.moe_top1_expert else 2
-        factor = float(top_k) if self.moe_capacity_factor is None else self.moe_capacity_factor
         router = RouterOptions(
             num_experts=self.moe_expert_count,
-            top_k=top_k,
+            top_k=self._top_k,
             gate_fp32=self.moe_gating_use_fp32,
             second_policy=self.moe_second_expert_policy,
             normalize_before_dropping=self.moe_normalize_gate_prob_before_dropping,
-            capacity_factor=factor or None,
+            capacity_factor=self._capacity_factor or None,
             eval_capacity_fraction=self.moe_eval_capacity_token_fraction,
             prioritized=self.moe_batch_prioritized_routing,
             mask_padding=self.use_moe_pad_mask,

@@ -9,7 +9,9 @@ import pytest
 from fairseq_lite.builtins import load_builtins
 from fairseq_lite.config.core import RunConfig
 from fairseq_lite.config.parse import parse
+from fairseq_lite.errors import ConfigError
 from fairseq_lite.parallel.api import Machine
+from fairseq_lite.training.assembly import check
 from tests.helpers.toy import ADAM, TINY_MODEL
 
 EXPERTS = ["--moe-freq", "1", "--moe-expert-count", "3", "--criterion", "moe_cross_entropy"]
@@ -49,3 +51,36 @@ def test_a_rule_that_takes_a_norm_of_its_own() -> None:
 def test_a_rule_for_whole_parameters_does_not_see_parts_of_them() -> None:
     (reason,) = reasons(2, "--optimizer", "adafactor", backend="fully_sharded")
     assert reason.startswith("--optimizer adafactor looks at whole parameters")
+
+
+@pytest.mark.parametrize("arch", ["transformer_tiny", "transformer_lm"])
+def test_experts_that_take_no_token_of_any_batch(arch: str) -> None:
+    words = ["data", "--cpu", "--arch", arch, *ADAM, "--moe-freq", "2", "--moe-expert-count", "3"]
+    words += [] if arch == "transformer_tiny" else ["--task", "language_modeling"]
+
+    def try_out(*more: str) -> None:
+        check(parse("flite-train", [*words, *more], load_builtins()))
+
+    # Of 100 tokens an expert's even share is 34, rounded up.
+    with pytest.raises(ConfigError, match="no token of 100, .*: expected 0.0295 or more, or 0 for"):
+        try_out("--max-tokens", "100", "--moe-capacity-factor", "0.029")
+    try_out("--max-tokens", "100", "--moe-capacity-factor", "0.0295")
+    try_out("--max-tokens", "100", "--moe-capacity-factor", "0")
+    try_out("--batch-size", "2", "--moe-capacity-factor", "0.001")  # how long sentences are?
+
+
+@pytest.mark.parametrize(
+    ("flags", "share"),
+    [
+        ("--moe-capacity-factor 0.5", "75.0%"),
+        ("--moe-capacity-factor 0.01 --moe-top1-expert", "99.0%"),
+        ("--moe-capacity-factor 1", None),
+        ("--moe-capacity-factor 0.5 --moe-top1-expert", None),
+        ("--moe-capacity-factor 0", None),
+    ],
+)
+def test_what_is_always_dropped_is_said(flags: str, share: str | None, caplog: Any) -> None:
+    reasons(1, *flags.split())
+    said = [line for line in caplog.messages if "--moe-capacity-factor" in line]
+    assert len(said) == (share is not None)
+    assert share is None or f"turn away at least {share} of all choices" in said[0]
