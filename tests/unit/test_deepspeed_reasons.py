@@ -22,6 +22,7 @@ from fairseq_lite.errors import ConfigError, MissingDependency
 from fairseq_lite.parallel.api import Machine
 from fairseq_lite.parallel.deepspeed_moe import comm
 from fairseq_lite.parallel.deepspeed_moe.settings import ZeroSettings, settings
+from tests.helpers.commands import flite
 from tests.helpers.toy import ADAM, TINY_MODEL
 
 CPU, GPUS = Machine(), Machine(cuda_devices=2)
@@ -176,6 +177,25 @@ def test_a_package_that_does_not_start_is_told_in_one_line() -> None:
         pytest.raises(MissingDependency, match=r"imported \(this torch is too new\): pip install"),
     ):
         comm.load("cpu")
+
+
+def test_a_package_that_does_not_start_is_told_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "deepspeed"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("import torch\ntorch.gone\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "deepspeed"]:
+        monkeypatch.delitem(sys.modules, name)
+    words = ["nowhere", *TINY_MODEL, *ADAM, "--batch-size", "4", "--cpu"]
+    words += ["--ddp-backend", "deepspeed_moe", "--distributed-world-size", "2"]
+    assert flite("train", *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "flite-train: error: DeepSpeed cannot be imported (module 'torch' has no attribute 'gone'):"
+        f" {comm.INSTALL}"
+    )
 
 
 # -- a guest's manners ------------------------------------------------------------------------

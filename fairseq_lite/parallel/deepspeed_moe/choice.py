@@ -1,6 +1,6 @@
 """`--ddp-backend deepspeed_moe`: its flags, what it cannot do, and the stage that does it.
 
-DeepSpeed is imported when a model is built: that takes half a second, and it may not be installed.
+DeepSpeed is imported when a run is checked: that takes half a second, and it may not be installed.
 """
 
 from __future__ import annotations
@@ -71,9 +71,12 @@ class DeepSpeedMoE:
         return reasons + _layout_reasons(run, found) + _zero_reasons(run, found, asked)
 
     def check(self, run: RunConfig, machine: Machine | None = None) -> None:
-        """See `Backend.check`."""
+        """See `Backend.check`; a DeepSpeed that is there and does not work is told as well."""
+        machine = machine or Machine.here()
         for reason in self.reasons(run, machine):
             raise ConfigError(reason)
+        found = plan(run.distributed_training, cpu=run.common.cpu, machine=machine)
+        comm.load("cuda" if found.cuda else "cpu")
 
 
 def _layout_reasons(run: RunConfig, found: Plan) -> list[str]:
