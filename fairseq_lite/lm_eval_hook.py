@@ -4,6 +4,7 @@ The harness looks a model up by name in a registry of its own, and asks no other
 of them. torch does ask: it ends its import with a call of every installed entry point in the group
 "torch.backends" (https://docs.pytorch.org/docs/stable/accelerator/autoload.html). By
 then the `lm_eval` command, which imports torch, is loaded, and it has not looked for a model yet.
+The entry point is `fairseq_lite_autoload`, a module outside this package, which may be gone.
 """
 
 from __future__ import annotations
@@ -14,15 +15,6 @@ import sys
 
 NAME = "fairseq_lite"
 TARGET = "fairseq_lite.hub.lm_eval:FairseqLiteLM"
-
-
-def autoload() -> None:
-    """Register the model if the harness is being used; called at the end of `import torch`."""
-    if "lm_eval" not in sys.modules:
-        return
-    # An older harness, or a module of that name that is none: torch must be imported all the same.
-    with contextlib.suppress(Exception):
-        register()
 
 
 def register() -> None:
@@ -37,3 +29,13 @@ def register() -> None:
     importlib.import_module("lm_eval.models")
     if NAME not in model_registry:
         model_registry.register(NAME, target=TARGET)
+
+
+def autoload() -> None:
+    """The entry point of editable installations from before `fairseq_lite_autoload`.
+
+    They do not know that module, and torch must be imported all the same.
+    """
+    if "lm_eval" in sys.modules:
+        with contextlib.suppress(Exception):
+            register()

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+import fairseq_lite_autoload as hook
 from fairseq_lite import lm_eval_hook
 from fairseq_lite.errors import ConfigError, MissingDependency
 from fairseq_lite.generation.session import DEFAULT_MAX_TOKENS
@@ -23,17 +24,24 @@ from tests.helpers.commands import REPOSITORY
 def test_torch_is_told_of_the_hook():
     text = (REPOSITORY / "pyproject.toml").read_text("utf-8")
     (value,) = re.findall(r'"torch\.backends"\]\nfairseq_lite = "(.*)"', text)
-    assert EntryPoint("fairseq_lite", value, "torch.backends").load() is lm_eval_hook.autoload
+    assert EntryPoint("fairseq_lite", value, "torch.backends").load() is hook.autoload
+    # Editable installations that were made before have another one.
+    old = EntryPoint("fairseq_lite", "fairseq_lite.lm_eval_hook:autoload", "torch.backends")
+    assert old.load() is lm_eval_hook.autoload
 
 
-def test_the_hook_imports_nothing_where_there_is_no_harness():
+@pytest.mark.parametrize("name", ["fairseq_lite_autoload", "fairseq_lite.lm_eval_hook"])
+def test_the_hook_imports_nothing_where_there_is_no_harness(name):
     code = (
-        "import sys, fairseq_lite.lm_eval_hook as hook; hook.autoload();"
+        f"import sys, {name} as hook; hook.autoload();"
         "print(sorted({'torch', 'numpy', 'lm_eval'} & set(sys.modules)))"
     )
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=REPOSITORY)
     assert done.stdout == "[]\n", done.stderr
+
+
+AUTOLOADS = [hook.autoload, lm_eval_hook.autoload]
 
 
 def _pretend(monkeypatch, **modules):
@@ -44,37 +52,39 @@ def _pretend(monkeypatch, **modules):
         monkeypatch.setitem(sys.modules, name.replace("__", "."), module)
 
 
-def test_the_hook_never_fails(monkeypatch):
+@pytest.mark.parametrize("autoload", AUTOLOADS)
+def test_the_hook_never_fails(autoload, monkeypatch):
     class Broken(ModuleType):
         def __getattr__(self, name):
             raise RuntimeError("half imported")
 
     with monkeypatch.context() as patched:
         _pretend(patched, lm_eval=Broken("lm_eval"))
-        lm_eval_hook.autoload()
+        autoload()
     old = {"lm_eval": ModuleType("lm_eval"), "lm_eval__api": ModuleType("lm_eval.api")}
     old["lm_eval__api__registry"] = ModuleType("lm_eval.api.registry")  # of 0.4.9
     for modules in ({"lm_eval": ModuleType("lm_eval")}, old):
         with monkeypatch.context() as patched:
             _pretend(patched, **modules)
-            lm_eval_hook.autoload()
+            autoload()
             with pytest.raises(ImportError):
                 lm_eval_hook.register()
             with pytest.raises(MissingDependency, match=r"pip install 'fairseq-lite\[lm-eval\]'"):
                 command.main([])
 
 
-def test_the_hook_leaves_the_harness_its_own_models():
+@pytest.mark.parametrize("autoload", AUTOLOADS)
+def test_the_hook_leaves_the_harness_its_own_models(autoload):
     registry = pytest.importorskip("lm_eval.api.registry", reason="lm-eval is not installed")
-    lm_eval_hook.autoload()
-    lm_eval_hook.autoload()
+    autoload()
+    autoload()
     assert {lm_eval_hook.NAME, "hf", "dummy"} <= set(registry.model_registry)
 
 
 def test_a_harness_that_is_not_installed(monkeypatch):
     _pretend(monkeypatch, lm_eval=None)
     monkeypatch.delitem(sys.modules, "fairseq_lite.hub.lm_eval", raising=False)
-    lm_eval_hook.autoload()
+    hook.autoload()
     with pytest.raises(MissingDependency, match=r"pip install 'fairseq-lite\[lm-eval\]'"):
         import fairseq_lite.hub.lm_eval  # noqa: F401
 
