@@ -4,11 +4,13 @@
 #   VENV       where the environment goes
 #   TORCH      what to install as PyTorch. The default is one release that the tests have seen; `TORCH=torch`
 #              takes the newest. Which build that is (CPU or CUDA) depends on the package index pip uses.
+#   WORKERS    how many processes share the test modules; `logical` is one a processor, four at most
 #   PIP_FLAGS  further flags for pip, for example `--index-url URL` of an index of CPU-only builds
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+WORKERS ?= logical
 PIP_FLAGS ?=
 
 BIN := $(abspath $(VENV))/bin
@@ -47,7 +49,7 @@ quickstart: $(VENV)/.base
 	@$(BIN)/python examples/quickstart/run.py
 
 test: $(VENV)/.dev lint
-	@$(BIN)/python -m pytest tests/unit tests/test_few_shot_tasks.py tests/subsystem tests/smoke tests/gpu
+	@$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile tests/unit tests/test_few_shot_tasks.py tests/subsystem tests/smoke tests/gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.helpers import warm
+from tests.helpers import registered, warm
 from tests.helpers.commands import flite
 from tests.helpers.toy import preprocess_args, write_text
 
@@ -29,11 +29,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 def pytest_collection_finish() -> None:
     """What one module of tests registers when it is imported, all others would find."""
-    if "fairseq_lite.registry" in sys.modules:
-        from tests.helpers.registered import of_tests
-
-        if found := of_tests():
-            raise pytest.UsageError(f"registered for every test: {'; '.join(found)}")
+    if found := registered.of_tests():
+        raise pytest.UsageError(f"registered for every test: {'; '.join(found)}")
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +40,13 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = write_text(folder / "text", {"train": 200, "valid": 20, "test": 20})
     assert flite("preprocess", *preprocess_args(text, folder / "data-bin")) == 0
     return folder / "data-bin"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_plugin_left_behind() -> Iterator[None]:
+    """Modules of tests find the same names in any order, and on any worker."""
+    with registered.plugins_forgotten():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
