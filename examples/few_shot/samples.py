@@ -13,7 +13,11 @@ from fairseq_lite.errors import DataError
 
 # Fields that say which row a sample is, or its answer, and not what it asks.
 _NO_CONTENT = frozenset(
-    {"idx", "id", "uid", "UID", "guid", "pairID", "InputStoryid", "label", "gold"}
+    {
+        *("idx", "id", "uid", "UID", "guid", "pairID", "InputStoryid", "question_id"),
+        *("label", "gold", "answer", "AnswerRightEnding"),
+        "changed",  # XCOPA: whether the translator changed the sentence
+    }
 )
 
 

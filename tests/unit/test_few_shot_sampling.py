@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from examples.few_shot import gpt3_eval, results
 from examples.few_shot.samples import FewShotSample, choice
 from examples.few_shot.sampling import draw, order, translations
 from fairseq_lite.errors import ConfigError
@@ -84,6 +88,58 @@ def test_the_translation_of_a_sample_is_not_among_its_shots(missing: int) -> Non
         assert f"text {number}" not in {each["text"] for each in found}
         leaking = draw(english, 6, seed=0, trial=0, task="t", translated=own, leak=True)
         assert len(leaking.of(sample)) == 5
+
+
+@pytest.mark.parametrize("where", ["", "{}:7"])
+def test_a_translation_that_stands_at_the_same_place_is_found_without_its_line(where: str) -> None:
+    # Sets that are made of several files, or that tell no lines.
+    german = [choice({"text": f"Satz {i}"}, ["a", "b"], 0, where.format("de")) for i in range(4)]
+    english = [choice({"text": f"text {i}"}, ["a", "b"], 0, f"en:{i + 90}") for i in range(4)]
+    own = translations(german, english)
+    for number, sample in enumerate(german):
+        found = draw(english, 4, seed=0, trial=0, task="t", translated=own).of(sample)
+        assert sorted(each["text"] for each in found) == [
+            f"text {i}" for i in range(4) if i != number
+        ]
+
+
+def _questions(path: Path, count: int, first: int = 0) -> None:
+    """Of MultiRC: passages of two questions, each with two answers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(first, first + count):
+        answers = [{"text": f"answer {i} {j}", "label": j % 2, "idx": j} for j in range(2)]
+        questions = [
+            {"question": f"question {i} {j}?", "answers": answers, "idx": j} for j in range(2)
+        ]
+        lines.append(
+            json.dumps({"idx": i, "passage": {"text": f"text {i}.", "questions": questions}})
+        )
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+@pytest.mark.parametrize("train_set", ["val", "train"])
+def test_questions_of_several_answers_are_not_among_their_shots(
+    train_set: str, tmp_path: Path
+) -> None:
+    _questions(tmp_path / "MultiRC" / "val.jsonl", 3)
+    # The same passages at other places of another file.
+    _questions(tmp_path / "MultiRC" / "train.jsonl", 4, first=-1)
+    (found,) = gpt3_eval.run_evaluations_from_model_name(
+        "m", tasks="multirc", multirc_train_set=train_set, predictor_name="dummy",
+        nb_few_shot_samples_values=[20], num_trials=1, data_dir=str(tmp_path),
+        results_dir=str(tmp_path / "out"), add_prompt_to_meta=True, max_positions=2000,
+    )  # fmt: skip
+    (name,) = found["predictions"]
+    lines = results.read_rows(tmp_path / "out" / name)
+    assert len(lines) == 12
+    for line in lines:
+        number, _, _ = line["idx"].partition(".")
+        asked = f"question {int(number) // 2} {int(number) % 2}?"
+        prompt = line["candidates"][0][1]["meta"]["prompt"]
+        assert prompt.count(asked) == 1
+        assert prompt.count("question ") == len(line["shots"]) + 1
+        assert len(line["shots"]) == (5 if train_set == "val" else 7)
 
 
 def test_a_sample_may_be_its_own_shot_where_that_is_asked_for() -> None:

@@ -105,14 +105,16 @@ def execute(order: Order, *, ranks: int = 1) -> list[str]:
 
 
 def _with_data(planned: Sequence[PlannedEvaluation], errors: list[str]) -> list[PlannedEvaluation]:
-    """Those whose data files can be read: otherwise one missing file would stop all of a job."""
+    """Those whose data can be read: otherwise one missing or damaged file would stop the others."""
     from examples.few_shot.evaluation import Evaluation, Tasks
 
     found = []
     tasks = Tasks()
     for each in planned:
         try:
-            Evaluation(each, None, tasks=tasks)
+            evaluation = Evaluation(each, None, tasks=tasks)
+            for samples in (evaluation.samples, evaluation.pool, evaluation.counted):
+                len(samples)  # reads them
         except FliteError as e:
             errors.append(str(e))
         else:
