@@ -74,6 +74,10 @@ class LanguageModelingConfig:
                 f"more than the {special} special symbols"
             )
 
+    def longest_input(self) -> int:
+        """The tokens that a model is built for; a start symbol is one."""
+        return self.max_target_positions or self.tokens_per_sample + int(self.add_bos_token)
+
 
 # Commands that make blocks by what was typed.
 _SHORTENING = {"flite-train", "flite-generate", "flite-eval-lm"}
@@ -145,8 +149,7 @@ class LanguageModelingTask(Task):
 
     def max_positions(self) -> int:
         """The longest input, which is also the longest that a model is built for."""
-        cfg = self.cfg
-        return cfg.max_target_positions or self.block_size + int(cfg.add_bos_token)
+        return self.cfg.longest_input()
 
     def data_paths(self, epoch: int = 1) -> list[str]:
         """The data folders given."""

@@ -62,6 +62,11 @@ class MultilingualLanguageModelingConfig(LanguageModelingConfig):
         if self.add_bos_token and self.tokens_per_sample < 2:
             raise ConfigError("--tokens-per-sample 1: --add-bos-token leaves no room for text")
 
+    def longest_input(self) -> int:
+        """The tokens that a model is built for; a block's symbol is one of it."""
+        given = [n for n in (self.max_source_positions, self.max_target_positions) if n is not None]
+        return min(given, default=self.tokens_per_sample)
+
 
 @TASKS.register("multilingual_language_modeling", config=MultilingualLanguageModelingConfig)
 class MultilingualLanguageModelingTask(LanguageModelingTask):
@@ -113,12 +118,6 @@ class MultilingualLanguageModelingTask(LanguageModelingTask):
     def block_size(self) -> int:
         """Tokens in a block, at most, without the symbol of its language."""
         return self.cfg.tokens_per_sample - int(self.cfg.add_bos_token)
-
-    def max_positions(self) -> int:
-        """The longest input, which is also the longest that a model is built for."""
-        cfg = self.cfg
-        given = [n for n in (cfg.max_source_positions, cfg.max_target_positions) if n is not None]
-        return min(given, default=cfg.tokens_per_sample)
 
     def changes_with_epoch(self) -> bool:
         """Always: the blocks of each language are drawn anew."""

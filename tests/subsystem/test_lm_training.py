@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from fairseq_lite import hub
 from fairseq_lite.tasks.multilingual_language_modeling import MultilingualLanguageModelingTask
 from fairseq_lite.training.checkpoint import store
 from tests.helpers.commands import flite
@@ -147,6 +149,14 @@ def test_a_bos_before_full_blocks_has_a_position(corpus: Path, tmp_path: Path) -
     positions = store.load(folder / "checkpoint_last.pt")["model"]["decoder.embed_positions.weight"]
     assert positions.shape[0] == 16 + 1 + 2, "the block, the bos, and what padding takes"
     assert updates(folder)["1"]["wpb"] == str(8 * 17)
+    # So has it when the model is read again.
+    path = folder / "checkpoint_last.pt"
+    for command, flags in (("eval_lm", ["--gen-subset", "valid"]), ("validate", [])):
+        words = [corpus, "--path", path, "--batch-size", 8, *flags, *bos[:2], "--cpu"]
+        assert flite(command, *words) == 0
+    model = hub.load(path, device="cpu")
+    ids = np.full(model.max_tokens, 7)
+    assert model.max_tokens == 16 and len(model.score_tokens([ids])[0][1]) == 16
 
 
 @pytest.mark.timeout(180)

@@ -20,19 +20,12 @@ from fairseq_lite.errors import CheckpointError
 from fairseq_lite.models.api import ARCHITECTURES
 from fairseq_lite.models.lm_config import TransformerLMConfig
 from fairseq_lite.models.transformer_lm import TransformerLanguageModel
+from fairseq_lite.tasks.language_modeling import LanguageModelingConfig
+from fairseq_lite.tasks.multilingual_language_modeling import MultilingualLanguageModelingConfig
 from fairseq_lite.training.checkpoint import convert, store
 from tests.helpers.shared import shared_dir
 
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """What a checkpoint keeps of a language-modelling task."""
-
-    data: str = "lm/data-bin"
-    sample_break_mode: str = "none"
-    tokens_per_sample: int = 128
-    add_bos_token: bool = False
-    max_target_positions: int | None = None
+BLOCKS = LanguageModelingConfig(data="lm/data-bin", tokens_per_sample=128)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +44,7 @@ def run_of(config: TransformerLMConfig, name: str = "transformer_lm_gpt2_tiny") 
         common=CommonConfig(seed=7),
         dataset=DatasetConfig(batch_size=4),
         model=Choice(name, config),
-        task=Choice("language_modeling", Blocks()),
+        task=Choice("language_modeling", BLOCKS),
         criterion=Choice("cross_entropy"),
     )
 
@@ -177,6 +170,25 @@ def test_what_is_written_is_read_again() -> None:
     assert cfg["model"]["max_target_positions"] == 200
     pruned = dataclasses.replace(config, decoder_layers=2, decoder_layers_to_keep=None)
     assert read({"cfg": cfg}).model.config == pruned.resolved()
+
+
+@pytest.mark.parametrize(
+    ("task", "longest"),
+    [
+        (BLOCKS, 128),
+        (dataclasses.replace(BLOCKS, add_bos_token=True), 129),
+        (dataclasses.replace(BLOCKS, add_bos_token=True, max_target_positions=64), 64),
+        # Its symbols of languages are counted in the length of a block.
+        (MultilingualLanguageModelingConfig(tokens_per_sample=128, add_bos_token=True), 128),
+        (MultilingualLanguageModelingConfig(tokens_per_sample=128, max_source_positions=96), 96),
+    ],
+)
+def test_the_longest_input_is_the_one_the_model_was_built_for(
+    task: LanguageModelingConfig, longest: int, words: Dictionary
+) -> None:
+    run = dataclasses.replace(run_of(tiny()), task=Choice("language_modeling", task))
+    config = read({"cfg": convert.to_cfg(run)}).model.config
+    assert build(config, words, 1024).max_positions() == longest == task.longest_input()
 
 
 def test_widths_that_follow_are_spelled_out() -> None:

@@ -22,6 +22,7 @@ from fairseq_lite.errors import CheckpointError, ConfigError
 from fairseq_lite.models.lm_config import TransformerLMConfig
 from fairseq_lite.moe.flags import MoEConfig, is_moe_field
 from fairseq_lite.registry import Registry, near
+from fairseq_lite.tasks.language_modeling import LanguageModelingConfig
 from fairseq_lite.training.checkpoint import fairseq_defaults, parts
 
 logger = logging.getLogger(__name__)
@@ -175,11 +176,11 @@ def _language_model(run: RunConfig) -> dict[str, Any]:
     own = _without_mixture(own, config)
     task = _fields(run.task)
     repeated = ("add_bos_token", "tokens_per_sample")
-    longest = (
-        own.pop("max_target_positions")
-        or task.get("max_target_positions")
-        or task.get("tokens_per_sample")
-    )
+    longest = own.pop("max_target_positions")
+    if longest is None and isinstance(run.task.config, LanguageModelingConfig):
+        longest = run.task.config.longest_input()
+    elif longest is None:  # of a plugin's task
+        longest = task.get("max_target_positions") or task.get("tokens_per_sample")
     return {
         "_name": run.model.name,
         **fairseq_defaults.TRANSFORMER_LM,
