@@ -10,6 +10,7 @@ import functools
 import logging
 import math
 import platform
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -283,6 +284,8 @@ class Evaluation:
 
     def _predict(self, trial: int, seed: int, shots: sampling.Shots) -> list[Prediction]:
         planned = self.planned
+        # Its own is one between processes: what a killed rank leaves of it is told after the error.
+        tqdm.set_lock(threading.RLock())
         bar = tqdm(
             total=len(self.questions),
             desc=f"{planned.task} {planned.template} k={planned.k} seed={seed}",

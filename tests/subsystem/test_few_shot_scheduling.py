@@ -18,14 +18,22 @@ from typing import Any
 
 import pytest
 
+from examples.few_shot.predictors.api import PREDICTORS
+from examples.few_shot.predictors.baselines import RandomPredictor
+from examples.few_shot.scheduling import local
+from examples.few_shot.scheduling.local import Pool
+from examples.few_shot.scheduling.machine import Share
 from examples.few_shot.scheduling.schedule import LOG, schedule_experiment_jobs
 from examples.few_shot.scheduling.settings import ModelSettings, TaskSettings
+from examples.few_shot.scheduling.worker import Order
 from examples.few_shot.scripts.experiments import schedule_jobs_few_shot as base
+from examples.few_shot.settings import plan
 from fairseq_lite.errors import ConfigError, DataError, FliteError
 from fairseq_lite_cli.alive import Process
 from tests.helpers.commands import REPOSITORY
 from tests.helpers.few_shot import write_copa
 from tests.helpers.few_shot_rows import write_english_tasks
+from tests.helpers.registered import registered
 
 SCRIPTS = "examples/few_shot/scripts/experiments"
 GUIDE = REPOSITORY / "examples/few_shot/docs/SCHEDULING.md"
@@ -39,12 +47,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Predictors that wait before questions with shots, or end their process."""
+    """Predictors that wait, start processes, or end theirs; a model that ends a rank."""
     folder = tmp_path_factory.mktemp("plugin")
     (folder / "predictors.py").write_text(
         """
-import os, time
+import __main__, os, signal, subprocess, time
 from pathlib import Path
+from examples.few_shot.models.dummy import DummyModel
 from examples.few_shot.predictors.api import PREDICTORS
 from examples.few_shot.predictors.baselines import RandomPredictor
 
@@ -56,6 +65,32 @@ class Waiting(RandomPredictor):
             while not os.path.exists(os.environ["GATE"]):
                 time.sleep(0.02)
         return super().predict(trial)
+
+@PREDICTORS.register("parent")
+class Parent(RandomPredictor):
+    def predict(self, trial):
+        child = subprocess.Popen(["sleep", "600"])
+        part = Path(os.environ["REACHED"] + f".{os.getpid()}.part")
+        part.write_text(f"{os.getpid()} {child.pid}")
+        part.rename(part.with_suffix(""))
+        while True:
+            time.sleep(0.02)
+
+@PREDICTORS.register("deaf")
+class Deaf(Parent):
+    def predict(self, trial):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        __main__.GRACE_SECONDS = 0.5
+        return super().predict(trial)
+
+if "KILLED_RANK" in os.environ:
+    def score(self, *args, **more):
+        import torch.distributed as dist
+        if dist.get_rank() == int(os.environ["KILLED_RANK"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+
+    DummyModel.score = score
 
 @PREDICTORS.register("dying")
 class Dying(RandomPredictor):
@@ -191,6 +226,19 @@ def test_only_what_is_missing_is_evaluated(data: Path, tmp_path: Path):
     # Results that another scoring made are others, though the folder is the same.
     (info,) = schedule(*words, "--scoring", "sum")
     assert info["missing"] == 2 and len(stamps(tmp_path)) == 4
+
+
+def test_what_is_done_is_asked_of_the_data_by_the_plan_and_by_the_job(tmp_path: Path):
+    data = write_copa(tmp_path / "data", train=6, val=4)
+    words = ["-t", "copa", "-m", "random", "-o", tmp_path / "out", "--data-dir", data, "--local"]
+    schedule(*words)
+    (results,) = (tmp_path / "out").glob("*/*_results.json")
+    write_copa(data, train=6, val=5)
+    (info,) = schedule(*words)
+    assert (info["missing"], info["state"]) == (1, "completed")
+    assert json.loads(results.read_text())["eval_examples_cnt"] == 5
+    (info,) = schedule(*words)
+    assert (info["missing"], info["current_status"]) == (0, "skip")
 
 
 def test_override_predicts_again_and_recalculation_only_measures(data: Path, tmp_path: Path):
@@ -336,8 +384,12 @@ def test_a_script_that_is_ended_ends_its_jobs_and_keeps_what_is_finished(
         before = stamps(tmp_path)
         assert job.is_alive and len(before) == 1
         assert len(list(tmp_path.rglob("*.submitted"))) == 2
-        script.send_signal(number)
+        if number == signal.SIGINT:  # as a terminal sends it, to all that it sees
+            os.killpg(script.pid, number)
+        else:
+            script.send_signal(number)
         said = ended(script, tmp_path)
+        assert "Traceback" not in said
         assert script.returncode == status
         if number == signal.SIGKILL:  # which nobody hears: the job sees that it is alone
             until(lambda: not job.is_alive, seconds=20)
@@ -351,6 +403,68 @@ def test_a_script_that_is_ended_ends_its_jobs_and_keeps_what_is_finished(
     assert again.returncode == 0
     after = stamps(tmp_path)
     assert len(after) == 2 and before.items() <= after.items()
+
+
+def family(reached: Path) -> list[Process]:
+    """The processes that predictors were in, and those that they started."""
+    found = reached.parent.glob(f"{reached.name}.*[0-9]")
+    return [Process.of(int(pid)) for path in sorted(found) for pid in path.read_text().split()]
+
+
+def test_nobody_outlives_the_pool(
+    data: Path, plugin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    reached = tmp_path / "reached"
+    monkeypatch.setenv("REACHED", str(reached))
+    monkeypatch.setattr(local, "GRACE_SECONDS", 0.5)
+    kinds = ("random", "parent", "deaf")
+    with registered(*((PREDICTORS, name, RandomPredictor) for name in kinds[1:])):
+        orders = [_order(name, data, plugin, tmp_path / name) for name in kinds]
+    # The first two end when they are told to, and the third does not.
+    endings = Pool(Share(3, 1), tmp_path / "logs").run(iter(orders))
+    try:
+        assert next(endings).order.name == "random"
+        everybody = until(lambda: len(found := family(reached)) == 4 and found)
+        assert all(each.is_alive for each in everybody)
+    finally:
+        endings.close()
+    assert not any(each.is_alive for each in everybody)
+
+
+def _order(predictor: str, data: Path, plugin: Path, folder: Path) -> Order:
+    values: dict[str, Any] = {
+        "tasks": ["copa"], "nb_few_shot_samples_values": [0], "predictor_name": predictor,
+        "data_dir": str(data), "results_dir": str(folder), "user_dir": str(plugin),
+    }  # fmt: skip
+    (planned,) = plan("m", **values)
+    return Order(predictor, (("m", values),), (str(planned.results_file),))
+
+
+def test_a_killed_scripts_job_ends_though_it_hears_nothing_and_so_does_what_it_started(
+    data: Path, plugin: Path, tmp_path: Path
+):
+    script = start(tmp_path, data, plugin, "deaf", "--local")
+    try:
+        everybody = until(lambda: family(tmp_path / "reached"))
+        assert len(everybody) == 2 and all(each.is_alive for each in everybody)
+    finally:
+        script.kill()
+        script.wait(timeout=30)
+    until(lambda: not any(each.is_alive for each in everybody), seconds=20)
+
+
+def test_the_last_line_names_the_rank_that_was_killed(data: Path, plugin: Path, tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.few_shot.gpt3_eval", "--model-name", "dummy",
+         "--predictor-name", "dummy", "--user-dir", str(plugin), "--tasks", "copa", "--nshot", "0",
+         "--data-dir", str(data), "--results-dir", str(tmp_path), "--cpu",
+         "--distributed-world-size", "2"],
+        cwd=REPOSITORY, env={**os.environ, "KILLED_RANK": "1"}, capture_output=True, text=True,
+        timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("gpt3_eval: error: rank 1 died (signal 9: killed)")
 
 
 def test_two_scripts_do_not_work_on_the_same_job(data: Path, plugin: Path, tmp_path: Path):
@@ -405,6 +519,21 @@ def test_submitits_local_executor_runs_jobs_that_are_submitted_once(
     assert "are complete" in ended(start(tmp_path, data, plugin, *words), tmp_path)
     assert list(tmp_path.rglob("*.submitted")) == []
     assert [one["state"] for one in logged(tmp_path)] == ["submitted"]
+
+
+def test_the_tasks_of_submitits_local_executor_meet(data: Path, tmp_path: Path):
+    pytest.importorskip("submitit")
+    out = tmp_path / "out"
+    model = ModelSettings("dummy", {}, {"predictor_name": "dummy"}, 1, 0, 2, 1)
+    words = ["-t", "copa", "-m", "two", "-o", out, "--data-dir", data, "--cpu"]
+    (info,) = schedule(*words, "--slurm-executor", "local", two=model)
+    assert info["state"] == "submitted"
+    job = Process.of(int(info["job_id"]))
+    until(lambda: not job.began or not job.is_alive, seconds=100)
+    said = [path.read_text() for path in sorted((out / "submitit").glob("*_log.out"))]
+    assert len(said) == 2
+    assert ["dummy | copa copa val | k=0" in text for text in said] == [True, False]
+    assert len(stamps(out)) == 1 and list(out.rglob("*.submitted")) == []
 
 
 @pytest.fixture

@@ -329,6 +329,44 @@ def test_a_job_says_that_it_works_on_its_evaluations_while_it_does(
     assert not any(submissions.marker(each).exists() for each in job.evaluations)
 
 
+@pytest.mark.parametrize(
+    ("rank", "array", "number"), [(0, {"ARRAY_JOB_ID": 4711, "ARRAY_TASK_ID": 3}, "4711_3"),
+                                  (0, {}, "4714"), (1, {}, None)],
+)  # fmt: skip
+def test_in_a_job_of_slurms_the_first_task_writes_its_number(
+    rank: int, array: dict[str, int], number: str | None, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    pytest.importorskip("submitit")
+    said = {"JOB_ID": 4714, "NTASKS": 2, "PROCID": rank, "LOCALID": rank, **array}
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    for name in ("ARRAY_JOB_ID", "ARRAY_TASK_ID"):
+        monkeypatch.delenv(f"SLURM_{name}", raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    job = _job(tmp_path)
+    # As whoever submits has marked it, under the same number.
+    for each in job.evaluations:
+        submissions.record(each, Submission("t.m", SLURM, _dead(), number or "4714"))
+    seen: list[Submission | None] = []
+
+    def execute(order: Order, ranks: int) -> list[str]:
+        assert ranks == 2
+        seen.extend(submissions.read(each) for each in job.evaluations)
+        return []
+
+    monkeypatch.setattr(slurm, "execute", execute)
+    slurm.RemoteJob(order_of(job, job.evaluations))()
+    me = Process.of(os.getpid())
+    for by in seen:
+        assert by is not None and by.kind == SLURM
+        assert (by.job_id == number and by.process == me) if rank == 0 else by.process != me
+    assert len(seen) == 2
+    # The first lets go.
+    left = [submissions.marker(each).exists() for each in job.evaluations]
+    assert left == [rank != 0] * 2
+
+
 @pytest.mark.usefixtures("debug")
 def test_a_job_whose_time_is_over_goes_back_with_what_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
