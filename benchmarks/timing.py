@@ -12,7 +12,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -72,14 +72,44 @@ def _serve(pipe: Connection, build: Callable[..., Callable[[], Any]], arguments:
         pipe.send(work())
 
 
-def times_faster(ours: list[float], theirs: list[float]) -> dict[str, float]:
-    """How many times less time ours takes: median, least and greatest ratio within a round."""
-    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+def answers(
+    contestants: Mapping[str, Apart], rounds: int, show: Callable[[Any], str] | None = None
+) -> dict[str, list[Any]]:
+    """What every contestant returned in every round, after one that warms up; then they end.
+
+    Args:
+        contestants: those that take turns.
+        rounds: that count.
+        show: what to print of an answer; None: nothing.
+    """
+    found: dict[str, list[Any]] = {name: [] for name in contestants}
+    for number in range(rounds + 1):
+        for name, work in contestants.items():
+            answer = work()
+            if number:
+                found[name].append(answer)
+        if show is not None:
+            latest = ", ".join(f"{name} {show(v[-1])}" for name, v in found.items() if v)
+            print(f"round {number}: {latest or 'warm-up'}", flush=True)
+    for work in contestants.values():
+        work.close()
+    return found
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """Of two contestants' figures in the same round: the median, least and greatest ratio."""
+    found = [a / b for a, b in zip(above, below, strict=True)]
     return {
-        "median": round(statistics.median(ratios), 3),
-        "min": round(min(ratios), 3),
-        "max": round(max(ratios), 3),
+        "median": round(statistics.median(found), 3),
+        "min": round(min(found), 3),
+        "max": round(max(found), 3),
     }
+
+
+def wait(device: str) -> None:
+    """Let a device end what it was given: a clock is read afterwards."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def machine(threads: int | None = None) -> dict[str, Any]:

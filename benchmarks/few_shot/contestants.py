@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.few_shot import twins
+from benchmarks.timing import wait
 from examples.few_shot import prompting, sampling
 from examples.few_shot.builtins import load_builtins
 from examples.few_shot.evaluation import Evaluation
@@ -96,8 +97,7 @@ class Way:
 
     def seconds(self) -> float:
         """What the clock says."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        wait(self.device)
         return time.process_time() if self.clock == "cpu" else time.perf_counter()
 
 

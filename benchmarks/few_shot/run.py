@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.few_shot import contestants, twins
 from benchmarks.few_shot.contestants import Answer, Cell, Way
-from benchmarks.timing import Apart, machine, record
+from benchmarks.timing import Apart, machine, ratios, record
 from examples.few_shot.settings import plan
 
 # Of each task where its questions and its shots come from, by flags of gpt3_eval.
@@ -96,21 +96,15 @@ def summary(found: dict[str, dict[str, list[Answer]]]) -> dict[str, Any]:
     for label, by_name in found.items():
         count = sum(map(len, next(iter(by_name.values()))[0].scores))
         row: dict[str, Any] = {"candidates": count}
-        for name, answers in by_name.items():
-            seconds = statistics.median(each.seconds for each in answers)
-            row[name] = {"candidates_per_second": round(count / seconds, 3)}
+        seconds = {name: [a.seconds for a in answers] for name, answers in by_name.items()}
+        for name, each in seconds.items():
+            row[name] = {"candidates_per_second": round(count / statistics.median(each), 3)}
         theirs = [name for name in by_name if name.startswith("harness")]
         best = max(theirs, key=lambda name: row[name]["candidates_per_second"], default=None)
-        for name, answers in by_name.items():
+        for name in by_name:
             if best is None or name in theirs:
                 continue
-            ratios = [b.seconds / a.seconds for a, b in zip(answers, by_name[best], strict=True)]
-            row[name]["times_faster"] = {
-                "than": best,
-                "median": round(statistics.median(ratios), 3),
-                "min": round(min(ratios), 3),
-                "max": round(max(ratios), 3),
-            }
+            row[name]["times_faster"] = {"than": best, **ratios(seconds[best], seconds[name])}
         table[label] = row
     return table
 

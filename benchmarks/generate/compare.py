@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import torch
 
-from benchmarks.timing import Apart, machine, record, take_turns, times_faster
+from benchmarks.timing import Apart, machine, ratios, record, take_turns
 from fairseq_lite.config.core import GenerationConfig
 from fairseq_lite.data.dictionary import Dictionary
 from fairseq_lite.generation.generator import SequenceGenerator
@@ -146,9 +146,7 @@ def main() -> None:
             },
             f"outputs of {BATCH} that equal those of fairseq-lite fp32": equal,
             "times faster": {
-                f"fairseq-lite {kind} than {name}": times_faster(
-                    seconds[f"fairseq-lite {kind}"], times
-                )
+                f"fairseq-lite {kind} than {name}": ratios(times, seconds[f"fairseq-lite {kind}"])
                 for name, times in seconds.items()
                 if name.startswith("CTranslate2")
                 for kind in KINDS

@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.lm.plain import GPT, Mode, Shape, timed
 from benchmarks.ours import begin
 from benchmarks.random_text import data_folder
+from benchmarks.timing import wait
 from fairseq_lite.builtins import load_builtins
 from fairseq_lite.config.core import RunConfig
 from fairseq_lite.config.parse import parse
@@ -83,8 +84,8 @@ def transformers(shape: Shape, mode: Mode, updates: int) -> Callable[[], float]:
         seconds = 0.0
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if mode.device == "cuda" and state.global_step in (3, 3 + updates):
-                torch.cuda.synchronize()
+            if state.global_step in (3, 3 + updates):
+                wait(mode.device)
             if state.global_step == 3:
                 self.start = time.perf_counter()
             if state.global_step == 3 + updates:

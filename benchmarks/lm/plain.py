@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.timing import wait
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -130,8 +132,7 @@ def timed(
         for _ in range(times):
             update(count)
             count += 1
-        if mode.device == "cuda":
-            torch.cuda.synchronize()
+        wait(mode.device)
 
     def run() -> float:
         if count == 0:

@@ -30,7 +30,7 @@ import torch
 from benchmarks.lm import contestants, plain
 from benchmarks.lm.plain import Mode, Shape
 from benchmarks.random_text import data_folder
-from benchmarks.timing import Apart, machine, record
+from benchmarks.timing import Apart, answers, machine, ratios, record, wait
 
 # bf16 with dense matrices, in TFLOP/s, from the makers' data sheets.
 PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}
@@ -71,8 +71,7 @@ def peak_flops(device: str, bf16: bool, given: float | None) -> tuple[float, str
     for _ in range(6):
         begin = time.perf_counter()
         a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
+        wait(device)
         best = min(best, time.perf_counter() - begin)
     return 2.0 * size**3 / best, f"a product of matrices of {size}"
 
@@ -95,12 +94,7 @@ def summary(
         }
         mine = speeds.get(f"ours {label}")
         if kind != "ours" and mine:
-            ratios = [a / b for a, b in zip(mine, values, strict=True)]
-            row["ours_times_faster"] = {
-                "median": round(statistics.median(ratios), 3),
-                "min": round(min(ratios), 3),
-                "max": round(max(ratios), 3),
-            }
+            row["ours_times_faster"] = ratios(mine, values)
     return table
 
 
@@ -127,16 +121,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = data_folder(Path(folder), shape.vocabulary, 64 * shape.batch * shape.length)
         processes = start(shape, modes, args.updates, data, args.only)
-        speeds: dict[str, list[float]] = {name: [] for name in processes}
-        for number in range(args.rounds + 1):
-            for name, process in processes.items():
-                speed = process()
-                if number:  # the first turn warms up
-                    speeds[name].append(speed)
-            latest = ", ".join(f"{name} {v[-1]:.0f}" for name, v in speeds.items() if v)
-            print(f"round {number}: {latest or 'warm-up'}", flush=True)
-        for process in processes.values():
-            process.close()
+        speeds = answers(processes, args.rounds, show="{:.0f}".format)
     result = {
         "machine": machine(),
         "shape": asdict(shape),

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.moe.einsum import EinsumMoE
-from benchmarks.timing import machine, record
+from benchmarks.timing import machine, ratios, record, wait
 from fairseq_lite.moe.layer import MoELayer
 from fairseq_lite.moe.options import MoEOptions, RouterOptions
 from fairseq_lite.training.allocator import keep_freed_memory
@@ -194,20 +194,6 @@ def measure(args: Any, top_k: int, experts: int, bf16: bool) -> dict[str, list[f
             if number >= args.warm_up:
                 seconds[name].append((clock() - start) / args.repeat)
     return seconds
-
-
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def ratios(ours: list[float], theirs: list[float]) -> dict[str, float]:
-    found = [a / b for a, b in zip(ours, theirs, strict=True)]
-    return {
-        "median": round(statistics.median(found), 3),
-        "min": round(min(found), 3),
-        "max": round(max(found), 3),
-    }
 
 
 def main() -> None:

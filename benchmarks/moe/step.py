@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.step.run import EPSILON, LR, Words, make_batches, sample_of
-from benchmarks.timing import Apart, machine, record
+from benchmarks.timing import Apart, answers, machine, ratios, record, wait
 from fairseq_lite.config.core import CommonConfig
 from fairseq_lite.criteria.api import Criterion
 from fairseq_lite.criteria.cross_entropy import (
@@ -151,11 +151,6 @@ def contestant(
     return run
 
 
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def parameters(setting: Setting, top_k: int) -> dict[str, int]:
     """All of them, and those that one token passes through."""
     model, _ = build(replace(setting, device="meta"), top_k)
@@ -171,30 +166,17 @@ def compare(args: Any, setting: Setting, precision: str) -> dict[str, Any]:
         for kind, top_k in KINDS.items()
     }
     column = 1 if args.clock == "cpu" else 0
-    seconds: dict[str, dict[str, list[float]]] = {
-        phase: {kind: [] for kind in works} for phase in ("training", "validation")
-    }
-    for number in range(args.rounds + 1):
-        for kind, work in works.items():
-            for phase, times in work().items():
-                if number:  # the first round warms up
-                    seconds[phase][kind].append(times[column])
-    for work in works.values():
-        work.close()
+    found = answers(works, args.rounds)
     tokens = setting.sentences * setting.length
     result: dict[str, Any] = {}
-    for phase, by_kind in seconds.items():
+    for phase in ("training", "validation"):
+        by_kind = {kind: [each[phase][column] for each in found[kind]] for kind in works}
         count = tokens * (setting.validations if phase == "validation" else 1)
         for kind, times in by_kind.items():
-            ratios = [a / b for a, b in zip(by_kind["dense"], times, strict=True)]
             row = result.setdefault(kind, dict(parameters(setting, KINDS[kind])))
             row[phase] = {
                 "tokens_per_second": round(count / statistics.median(times), 1),
-                "times_dense": {
-                    "median": round(statistics.median(ratios), 3),
-                    "min": round(min(ratios), 3),
-                    "max": round(max(ratios), 3),
-                },
+                "times_dense": ratios(by_kind["dense"], times),
             }
             print(
                 f"{precision} {phase:10s} {kind:6s} {row[phase]['tokens_per_second']:9.0f} tokens/s"

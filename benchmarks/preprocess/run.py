@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.preprocess import per_element
-from benchmarks.timing import machine, record, take_turns, times_faster
+from benchmarks.timing import machine, ratios, record, take_turns
 from fairseq_lite.config.core import PreprocessConfig
 from fairseq_lite.data import binarize, preprocess
 from fairseq_lite.data.dictionary import Dictionary
@@ -106,7 +106,7 @@ def main() -> None:
                     for method, times in seconds.items()
                 },
                 "times faster than the peer": {
-                    method: times_faster(times, seconds[_peer(method, seconds)])
+                    method: ratios(seconds[_peer(method, seconds)], times)
                     for method, times in seconds.items()
                     if method != _peer(method, seconds)
                 },

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.step.plain import LoopAdam, PlainTransformer, Shape, smoothed_loss
-from benchmarks.timing import Apart, machine, record
+from benchmarks.timing import Apart, answers, machine, ratios, record
 from fairseq_lite.config.core import CommonConfig
 from fairseq_lite.criteria.cross_entropy import (
     LabelSmoothedCrossEntropy,
@@ -188,25 +188,15 @@ def main() -> None:
         kind: Apart(contestant, kind, args.threads, args.rounds, args.sentences, args.length)
         for kind in kinds
     }
-    speeds: dict[str, list[float]] = {name: [] for name in steps}
-    cpu: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(args.rounds + 1):
-        for name, step in steps.items():
-            wall, work = step()
-            if number:  # the first round warms up
-                speeds[name].append(args.sentences * args.length / wall)
-                cpu[name].append(work)
-    for step in steps.values():
-        step.close()
+    found = answers(steps, args.rounds)
+    tokens = args.sentences * args.length
+    speeds = {name: [tokens / wall for wall, _ in times] for name, times in found.items()}
     first = next(iter(steps))
     rows = {
         name: {
             "tokens_per_second": round(statistics.median(speeds[name]), 1),
-            "times_first": round(
-                statistics.median(a / b for a, b in zip(speeds[name], speeds[first], strict=True)),
-                3,
-            ),
-            "cpu_seconds_per_step": round(min(cpu[name]), 3),
+            "times_first": ratios(speeds[name], speeds[first])["median"],
+            "cpu_seconds_per_step": round(min(work for _, work in found[name]), 3),
         }
         for name in steps
     }
