@@ -654,6 +654,21 @@ def test_the_tasks_of_a_slurm_job_are_the_ranks_of_its_evaluations(
 NAMES = sorted(path.stem for path in (REPOSITORY / SCRIPTS).glob("schedule_jobs_*.py"))
 
 
+def test_a_command_has_the_defaults_of_its_script(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    words = ["-t", "copa", "-m", "random", "--data-dir", str(data), "--local"]
+    defaults = {"output": str(tmp_path / "out"), "num_trials": 2, "scoring": "sum"}
+    more = ["--scoring", "mean", "--nshot", "1"]
+    assert base.schedule_command("x", *settings(), [*words, *more], defaults=defaults) == 0
+    (path,) = (tmp_path / "out").glob("copa_random_fs.1_t2_*/*_results.json")
+    assert json.loads(path.read_text())["scoring"] == "mean"  # what is typed wins
+    capfd.readouterr()
+    assert base.schedule_command("x", *settings(), words, defaults={"trials": 2}) == 2
+    said = capfd.readouterr().err
+    assert re.fullmatch(r".*: error: arg_modify_default: no flag 'trials'.*\n", said)
+
+
 def _script(name: str) -> ModuleType:
     return importlib.import_module(f"{SCRIPTS.replace('/', '.')}.{name}")
 
@@ -705,6 +720,51 @@ def test_the_calibrations_empty_fields_that_their_tasks_have(tmp_path: Path):
         ["-t", *words, "-m", "dummy", "-o", str(tmp_path / "out"), "--data-dir", str(folder),
          "--local"]
     ) == 0  # fmt: skip
+
+
+BY_ITSELF = """
+args = get_argparser("x", {}, tasks, {}, models).parse_args()
+schedule_experiment_jobs(args, {}, tasks, {}, models)
+"""
+WITH_STATUS = """
+def main(argv=None):
+    return schedule_command("x", {}, tasks, {}, models, argv)
+
+sys.exit(run_script(main))
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "words", "said"),
+    [
+        (BY_ITSELF, "-m wrong -t copa", "model setting 'wrong': nodes: expected a whole number"),
+        (BY_ITSELF, "-m right -t wrong", "task setting 'wrong': the tasks: expected names"),
+        (BY_ITSELF, "-m right --number 3", "unknown flag --number"),
+        (WITH_STATUS, "-m wrong -t copa", "model setting 'wrong': nodes: expected a whole number"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_however_a_script_ends(
+    end: str, words: str, said: str, tmp_path: Path
+):
+    script = tmp_path / "mine.py"
+    script.write_text(
+        f"""
+import sys
+from examples.few_shot.scripts.experiments.schedule_jobs_few_shot import *
+models = {{"right": ModelSettings("random"), "wrong": ModelSettings("random", nodes=0)}}
+tasks = {{**default_tasks_settings, "wrong": TaskSettings("x", [7])}}
+{end}
+""",
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), *words.split(), "-o", "out", "--local"], cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"mine{'.py' if end == BY_ITSELF else ''}: error: {said}")
 
 
 def test_the_example_of_the_guide_is_a_script(data: Path, tmp_path: Path):

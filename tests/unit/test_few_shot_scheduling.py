@@ -143,6 +143,18 @@ def test_a_wrong_task_setting_is_refused_in_one_line_with_its_key(value: Any, sa
     assert "'mine'" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("setting", [ModelSettings("m", nodes=0), ModelSettings("m", {"a": 1})])
+def test_a_wrong_setting_that_is_no_tuple_is_refused_with_its_key_too(setting: ModelSettings):
+    with pytest.raises(ConfigError, match="^model setting 'mine': "):
+        as_model_settings("mine", setting)
+    with pytest.raises(ConfigError, match="^model setting 'm': "):
+        _plan({"t": TaskSettings("t", ["copa"])}, setting)
+    with pytest.raises(ConfigError, match="^task setting 'mine': the folder's prefix"):
+        as_task_settings("mine", TaskSettings("a/b", ["copa"]))
+    with pytest.raises(ConfigError, match="^task setting 't': the folder's prefix"):
+        _plan({"t": TaskSettings("a/b", ["copa"])})
+
+
 def test_values_become_plain_ones():
     assert checked_args({"a": (1, 2)}) == {"a": [1, 2]}
 

@@ -96,6 +96,8 @@ def test_a_checkpoint_that_was_only_touched_or_is_gone_leaves_its_results(
     assert stale.is_done(one)
     model.unlink()
     assert stale.is_done(one)
+    model.with_name("model_last.pt").write_text("its neighbour")
+    assert stale.is_done(one)
 
 
 @pytest.mark.parametrize("name", ["val", "train"])

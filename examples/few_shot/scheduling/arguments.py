@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
 from typing import Any
 
 from examples.few_shot.scheduling.settings import Groups
 from examples.few_shot.scheduling.slurm import EXECUTORS
 from fairseq_lite.config.flags import Parser
-from fairseq_lite.errors import ConfigError
+from fairseq_lite.errors import ConfigError, FliteError
 from fairseq_lite.registry import near
 
 # Flags that say how jobs run on Slurm, with the field of a model setting that wins over them.
@@ -52,12 +53,31 @@ class SchedulingParser(Parser):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
+        if args is None:  # the words of this process: whoever asks is its program
+            _tell_in_one_line(self.prog)
         found, rest = self.parse_known_args(args, namespace)
         if rest:
             word = rest[0].partition("=")[0]
             flags = [flag for action in self._actions for flag in action.option_strings]
             raise ConfigError(f"unknown flag {word}{near(word, flags)}")
         return found
+
+
+def _tell_in_one_line(program: str) -> None:
+    """Let mistakes of users that nobody catches end this process with one line, and status 2.
+
+    That is what scripts need which call `parse_args` and `schedule_experiment_jobs` themselves.
+    """
+    otherwise = sys.excepthook
+
+    def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, FliteError):
+            otherwise(kind, error, trace)
+            return
+        print(f"{program}: error: {error}", file=sys.stderr)
+        raise SystemExit(2)
+
+    sys.excepthook = tell
 
 
 def get_argparser(

@@ -23,7 +23,12 @@ from examples.few_shot.scheduling.precedence import (
     gave_way,
     merge_run_args,
 )
-from examples.few_shot.scheduling.settings import ModelSettings, TaskSettings
+from examples.few_shot.scheduling.settings import (
+    ModelSettings,
+    TaskSettings,
+    as_model_settings,
+    as_task_settings,
+)
 from examples.few_shot.settings import (
     PlannedEvaluation,
     as_names,
@@ -151,6 +156,8 @@ def plan_jobs(
             names the two settings.
     """
     load_builtins()
+    models = {key: as_model_settings(key, each) for key, each in models.items()}
+    tasks = {key: as_task_settings(key, each) for key, each in tasks.items()}
     options = _every_option()
     jobs: list[Job] = []
     remarks: dict[str, None] = {}

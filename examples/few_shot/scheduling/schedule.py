@@ -19,6 +19,7 @@ from examples.few_shot.options import default_options
 from examples.few_shot.scheduling import slurm, submissions
 from examples.few_shot.scheduling.arguments import (
     SLURM_FLAGS,
+    arg_modify_default,
     checked,
     get_argparser,
     typed_of,
@@ -149,8 +150,12 @@ def schedule_command(
     model_run_groups: Mapping[str, Any],
     available_model_settings: Mapping[str, Any],
     argv: Sequence[str] | None = None,
+    *,
+    defaults: Mapping[str, Any] = NOTHING,
 ) -> int:
-    """What a script does that changes no default: read the command line, schedule, give the status.
+    """All that a script does: read the command line, schedule, give the exit status.
+
+    A user's mistake is one line and status 2; see `run_script`.
 
     Args:
         description: what `-h` says it is.
@@ -159,6 +164,7 @@ def schedule_command(
         model_run_groups: groups of models.
         available_model_settings: settings of models.
         argv: the words; those of this process by default.
+        defaults: other defaults of flags, as `arg_modify_default` takes them.
     """
     settings = (
         task_run_groups,
@@ -166,9 +172,15 @@ def schedule_command(
         model_run_groups,
         available_model_settings,
     )
-    args = get_argparser(description, *settings).parse_args(argv)
-    _, infos = schedule_experiment_jobs(args, *settings)
-    return exit_status(infos)
+
+    def schedule(words: Sequence[str]) -> int:
+        parser = get_argparser(description, *settings)
+        for name, value in defaults.items():
+            arg_modify_default(parser, name, value)
+        _, infos = schedule_experiment_jobs(parser.parse_args(words), *settings)
+        return exit_status(infos)
+
+    return run_script(schedule, argv)
 
 
 def exit_status(infos: Sequence[Mapping[str, Any]]) -> int:
@@ -177,7 +189,9 @@ def exit_status(infos: Sequence[Mapping[str, Any]]) -> int:
 
 
 def run_script(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Call a script's function; a user's mistake is one line, and Ctrl-C ends the jobs first.
+    """Call a function as a script's; a user's mistake is one line, and Ctrl-C ends the jobs first.
+
+    `schedule_command` does so by itself.
 
     Args:
         main: takes the words of the command line and returns the status.

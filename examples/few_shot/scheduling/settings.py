@@ -59,7 +59,13 @@ class ModelSettings:
     mem: str | None = None
     minutes: int | None = None
 
-    def __post_init__(self) -> None:
+    def checked(self) -> ModelSettings:
+        """The same in plain values.
+
+        Raises:
+            ConfigError: a field is wrong. Not before: here its key can be told, and to whoever runs
+                a script rather than where its module is imported.
+        """
         what = "the model's name"
         if not isinstance(self.model_name, str) or not self.model_name:
             raise ConfigError(f"{what}: expected a word, found {self.model_name!r}")
@@ -69,8 +75,6 @@ class ModelSettings:
                 raise ConfigError(
                     f'job parameters {params!r}: expected {{}} or {{"{COMBINE}": True}}'
                 )
-        object.__setattr__(self, "job_params", params)
-        object.__setattr__(self, "eval_params", checked_args(self.eval_params))
         for name, least in _COUNTS.items():
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
@@ -82,6 +86,9 @@ class ModelSettings:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ConfigError(f"{name}: expected a word, found {value!r}")
+        return dataclasses.replace(
+            self, job_params=params, eval_params=checked_args(self.eval_params)
+        )
 
     @property
     def combine_tasks(self) -> bool:
@@ -114,16 +121,24 @@ class TaskSettings:
     eval_params: RunArgs = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # A word alone is one task; taken for a list it would be its letters.
+        tasks = (self.tasks,) if isinstance(self.tasks, str) else self.tasks
+        object.__setattr__(self, "tasks", tuple(tasks) if _is_list(tasks) else tasks)
+
+    def checked(self) -> TaskSettings:
+        """The same in plain values.
+
+        Raises:
+            ConfigError: a field is wrong; see `ModelSettings.checked`.
+        """
         if not isinstance(self.prefix, str) or safe(self.prefix) != self.prefix:
             raise ConfigError(
                 f"the folder's prefix: expected letters and digits, found {self.prefix!r}"
             )
-        # A word alone is one task; taken for a list it would be its letters.
-        tasks = (self.tasks,) if isinstance(self.tasks, str) else self.tasks
+        tasks = self.tasks
         if not _is_list(tasks) or not tasks or not all(isinstance(each, str) for each in tasks):
             raise ConfigError(f"the tasks: expected names, found {self.tasks!r}")
-        object.__setattr__(self, "tasks", tuple(tasks))
-        object.__setattr__(self, "eval_params", checked_args(self.eval_params))
+        return dataclasses.replace(self, eval_params=checked_args(self.eval_params))
 
 
 S = TypeVar("S", ModelSettings, TaskSettings)
@@ -148,14 +163,14 @@ def as_task_settings(key: str, value: Any) -> TaskSettings:
 
 
 def _settings(kind: type[S], what: str, key: str, value: Any) -> S:
-    if isinstance(value, kind):
-        return value
     names = [each.name for each in dataclasses.fields(kind)]
     form = f"{kind.__name__}(…) or a tuple ({', '.join(names)})"
-    if not _is_list(value) or not value or len(value) > len(names):
-        raise ConfigError(f"{what} {key!r}: expected {form}, found {value!r}")
     try:
-        return kind(*value)
+        if isinstance(value, kind):
+            return value.checked()
+        if not _is_list(value) or not value:
+            raise TypeError(value)
+        return kind(*value).checked()
     except ConfigError as e:
         raise ConfigError(f"{what} {key!r}: {e}") from None
     except TypeError:

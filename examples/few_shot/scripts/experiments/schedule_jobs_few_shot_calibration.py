@@ -19,7 +19,6 @@ from examples.few_shot.scripts.experiments.schedule_jobs_few_shot import (
     default_model_settings,
     default_task_run_groups,
     default_tasks_settings,
-    run_script,
     schedule_command,
 )
 
@@ -83,4 +82,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(main())

@@ -16,15 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[4]))
 from examples.few_shot.scripts.experiments.schedule_jobs_few_shot import (
     ModelSettings,
     TaskSettings,
-    arg_modify_default,
     default_model_run_groups,
     default_model_settings,
     default_task_run_groups,
     default_tasks_settings,
-    exit_status,
-    get_argparser,
-    run_script,
-    schedule_experiment_jobs,
+    schedule_command,
 )
 
 available_model_settings = default_model_settings.copy()
@@ -103,21 +99,21 @@ task_run_groups.update(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and schedule; returns the exit status."""
-    settings = (
+    return schedule_command(
+        "Few-shot evaluation of tasks in several languages.",
         task_run_groups,
         available_tasks_settings,
         model_run_groups,
         available_model_settings,
+        argv,
+        defaults={
+            "output": "few_shot_results/multilingual",
+            "scoring": "mean",
+            "nb_few_shot_samples_values": [0, 32],
+            "num_trials": 10,
+        },
     )
-    parser = get_argparser("Few-shot evaluation of tasks in several languages.", *settings)
-    arg_modify_default(parser, "output", "few_shot_results/multilingual")
-    arg_modify_default(parser, "scoring", "mean")
-    arg_modify_default(parser, "nb_few_shot_samples_values", [0, 32])
-    arg_modify_default(parser, "num_trials", 10)
-    args = parser.parse_args(argv)
-    _, infos = schedule_experiment_jobs(args, *settings)
-    return exit_status(infos)
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(main())

@@ -20,7 +20,6 @@ from examples.few_shot.scripts.experiments.schedule_jobs_few_shot import (
     default_model_settings,
     default_task_run_groups,
     default_tasks_settings,
-    run_script,
     schedule_command,
 )
 
@@ -66,4 +65,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(main())

@@ -17,7 +17,6 @@ from examples.few_shot.scripts.experiments.schedule_jobs_few_shot import (
     TaskSettings,
     default_model_run_groups,
     default_model_settings,
-    run_script,
     schedule_command,
 )
 
@@ -54,4 +53,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(main())
