@@ -286,32 +286,36 @@ def _evaluation(
     valid_set, valid_lang = _counted(name, language, options, said)
     calibrations = _calibrations(name, options, said)
     seeds = tuple(options.seed + i for i in range(options.num_trials if k else 1))
-    settings = {
-        field.name: getattr(options, field.name)
-        for field in dataclasses.fields(EvaluationOptions)
-        if field.name not in NO_SETTING
-    } | {
-        "model_name": model,
-        "task": name,
-        "template": template,
-        "language": language,
-        "eval_set": eval_set,
-        "train_set": train_set,
-        "train_lang": train_lang,
-        "valid_set": valid_set,
-        "valid_lang": valid_lang,
-        "nb_few_shot_samples": k,
-        "seeds": list(seeds),
-        "n_eval_samples": options.n_eval_samples or None,
-        "max_positions": _max_positions(options),
-        # What these tasks do not heed makes no other evaluation of them.
-        "scoring": options.scoring if kind.kind == "choice" else None,
-        "beam_size": options.beam_size if kind.kind in _WITH_BEAMS else 1,
-        "train_sep": options.separator,
-        "calibration_options": list(calibrations),
-        "task_options": _plain(task_options),
-        "template_options": _plain(template_options),
-    } | _batches(options)
+    settings = (
+        {
+            field.name: getattr(options, field.name)
+            for field in dataclasses.fields(EvaluationOptions)
+            if field.name not in NO_SETTING
+        }
+        | {
+            "model_name": model,
+            "task": name,
+            "template": template,
+            "language": language,
+            "eval_set": eval_set,
+            "train_set": train_set,
+            "train_lang": train_lang,
+            "valid_set": valid_set,
+            "valid_lang": valid_lang,
+            "nb_few_shot_samples": k,
+            "seeds": list(seeds),
+            "n_eval_samples": options.n_eval_samples or None,
+            "max_positions": _max_positions(options),
+            # What these tasks do not heed makes no other evaluation of them.
+            "scoring": options.scoring if kind.kind == "choice" else None,
+            "beam_size": options.beam_size if kind.kind in _WITH_BEAMS else 1,
+            "train_sep": options.separator,
+            "calibration_options": list(calibrations),
+            "task_options": _plain(task_options),
+            "template_options": _plain(template_options),
+        }
+        | _batches(options)
+    )
     parts = [
         f"task.{name}",
         f"tmp.{template}",
