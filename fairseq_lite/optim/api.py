@@ -311,6 +311,10 @@ class Schedule(ABC):
             (`--maximize-best-checkpoint-metric`).
 
     Attributes:
+        cfg: the entry's own configuration.
+        lrs: the values of --lr.
+        peak: the first of them.
+        max_update: as in the shared configuration.
         best: the best validation value seen, or None before the first.
     """
 
@@ -326,11 +330,20 @@ class Schedule(ABC):
                 f"--lr {given}: this --lr-scheduler takes one learning rate; --lr-scheduler fixed "
                 "takes one an epoch"
             )
+        self.cfg = cfg
         self.lrs: tuple[float, ...] = tuple(optimization.lr)
         self.peak: float = self.lrs[0]
         self.max_update: int = optimization.max_update
         self.maximize = maximize
         self.best: float | None = None
+        self.prepare()
+
+    def prepare(self) -> None:  # noqa: B027 - many have nothing to prepare
+        """Work out, once, what `lr` needs.
+
+        Raises:
+            ConfigError: a configuration that cannot work.
+        """
 
     @abstractmethod
     def lr(self, num_updates: int, epoch: int) -> float:

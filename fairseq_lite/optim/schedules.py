@@ -7,11 +7,11 @@ runs with lr(0); the log shows lr(u) after update u. Formulas, names and default
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fairseq_lite.config.core import OptimizationConfig
 from fairseq_lite.config.flags import flag
 from fairseq_lite.errors import ConfigError
 from fairseq_lite.optim.api import SCHEDULES, Schedule
@@ -27,6 +27,51 @@ def _warmup_init_flag() -> Any:
 
 def _linear(start: float, end: float, u: int, steps: int) -> float:
     return start + u * ((end - start) / steps)
+
+
+class WarmedUp(Schedule):
+    """What begins with a linear warm-up over --warmup-updates, to the first --lr.
+
+    Formula::
+
+        lr(u) = init + u * (peak - init) / warmup        u < warmup
+
+    init is --warmup-init-lr, by default `lowest()`.
+    """
+
+    def prepare(self) -> None:
+        """Find where the warm-up begins and ends."""
+        self.warmup: int = max(self.cfg.warmup_updates, 0)
+        lowest, given = self.lowest(), self.cfg.warmup_init_lr
+        self.init: float = given if given >= 0 else lowest
+
+    def lowest(self) -> float:
+        """The learning rate that the schedule does not go below."""
+        return 0.0
+
+    def warming_up(self, num_updates: int) -> bool:
+        """Whether the warm-up goes on after so many updates."""
+        return num_updates < self.warmup
+
+    def lr(self, num_updates: int, epoch: int) -> float:
+        """See the class docstring; after the warm-up, `warm`."""
+        if self.warming_up(num_updates):
+            return _linear(self.init, self.peak, num_updates, self.warmup)
+        return self.warm(num_updates)
+
+    @abstractmethod
+    def warm(self, num_updates: int) -> float:
+        """The learning rate once the warm-up is over."""
+
+
+class _WithMinimum(WarmedUp):
+    """What falls to --min-lr."""
+
+    def lowest(self) -> float:
+        lowest: float = self.cfg.min_lr
+        if self.peak <= lowest:
+            raise ConfigError(f"--lr {self.peak:g}: expected more than --min-lr {lowest:g}")
+        return lowest
 
 
 @dataclass(frozen=True)
@@ -53,12 +98,7 @@ class Fixed(Schedule):
     """
 
     takes_lr_by_epoch = True
-
-    def __init__(
-        self, cfg: FixedConfig, optimization: OptimizationConfig, *, maximize: bool = False
-    ) -> None:
-        super().__init__(cfg, optimization, maximize=maximize)
-        self.cfg = cfg
+    cfg: FixedConfig
 
     def lr(self, num_updates: int, epoch: int) -> float:
         """See the class docstring."""
@@ -81,7 +121,7 @@ class InverseSqrtConfig:
 
 
 @SCHEDULES.register("inverse_sqrt", config=InverseSqrtConfig)
-class InverseSqrt(Schedule):
+class InverseSqrt(WarmedUp):
     """Linear warm-up, then the inverse square root (Vaswani et al., 2017).
 
     Formula::
@@ -92,17 +132,10 @@ class InverseSqrt(Schedule):
     init is --warmup-init-lr, by default 0. Without a warm-up, lr(u) = peak / sqrt(max(u, 1)).
     """
 
-    def __init__(
-        self, cfg: InverseSqrtConfig, optimization: OptimizationConfig, *, maximize: bool = False
-    ) -> None:
-        super().__init__(cfg, optimization, maximize=maximize)
-        self.warmup = max(cfg.warmup_updates, 0)
-        self.init = cfg.warmup_init_lr if cfg.warmup_init_lr >= 0 else 0.0
+    cfg: InverseSqrtConfig
 
-    def lr(self, num_updates: int, epoch: int) -> float:
+    def warm(self, num_updates: int) -> float:
         """See the class docstring."""
-        if num_updates < self.warmup:
-            return _linear(self.init, self.peak, num_updates, self.warmup)
         # fairseq divides by zero without a warm-up; the formula's limit is a warm-up of one.
         return float(self.peak * max(self.warmup, 1) ** 0.5 * max(num_updates, 1) ** -0.5)
 
@@ -138,17 +171,12 @@ class PolynomialDecay(Schedule):
     """
 
     takes_lr_by_epoch = True
+    cfg: PolynomialDecayConfig
 
-    def __init__(
-        self,
-        cfg: PolynomialDecayConfig,
-        optimization: OptimizationConfig,
-        *,
-        maximize: bool = False,
-    ) -> None:
-        super().__init__(cfg, optimization, maximize=maximize)
-        self.cfg = cfg
-        total = optimization.max_update if cfg.total_num_update is None else cfg.total_num_update
+    def prepare(self) -> None:
+        """Find where the decay ends."""
+        given = self.cfg.total_num_update
+        total = self.max_update if given is None else given
         if total <= 0:
             raise ConfigError(
                 "--lr-scheduler polynomial_decay needs --total-num-update N (or --max-update N)"
@@ -205,7 +233,7 @@ class CosineConfig:
 
 
 @SCHEDULES.register("cosine", config=CosineConfig)
-class Cosine(Schedule):
+class Cosine(_WithMinimum):
     """Warm-up, then cosine annealing with restarts (Loshchilov and Hutter, 2017).
 
     Formula::
@@ -219,31 +247,25 @@ class Cosine(Schedule):
     init is --warmup-init-lr, by default min.
     """
 
-    def __init__(
-        self, cfg: CosineConfig, optimization: OptimizationConfig, *, maximize: bool = False
-    ) -> None:
-        super().__init__(cfg, optimization, maximize=maximize)
-        self.cfg = cfg
-        if self.peak <= cfg.min_lr:
-            raise ConfigError(f"--lr {self.peak:g}: expected more than --min-lr {cfg.min_lr:g}")
-        self.init = cfg.warmup_init_lr if cfg.warmup_init_lr >= 0 else cfg.min_lr
-        self.period: float = cfg.lr_period_updates
+    cfg: CosineConfig
+
+    def prepare(self) -> None:
+        """Find the length of the first period."""
+        super().prepare()
+        self.period: float = self.cfg.lr_period_updates
         if self.period <= 0:
-            self.period = optimization.max_update - cfg.warmup_updates
-            if optimization.max_update <= 0 or self.period <= 0:
+            self.period = self.max_update - self.cfg.warmup_updates
+            if self.max_update <= 0 or self.period <= 0:
                 raise ConfigError(
                     "--lr-scheduler cosine needs --max-update N above --warmup-updates "
                     "(or --lr-period-updates N)"
                 )
 
-    def lr(self, num_updates: int, epoch: int) -> float:
+    def warm(self, num_updates: int) -> float:
         """See the class docstring."""
-        cfg = self.cfg
-        if num_updates < cfg.warmup_updates:
-            return _linear(self.init, self.peak, num_updates, cfg.warmup_updates)
-        index, t, length = self._period(num_updates - cfg.warmup_updates)
-        shrink = cfg.lr_shrink**index
-        low, high = cfg.min_lr * shrink, self.peak * shrink
+        index, t, length = self._period(num_updates - self.warmup)
+        shrink = self.cfg.lr_shrink**index
+        low, high = self.cfg.min_lr * shrink, self.peak * shrink
         return float(low + 0.5 * (high - low) * (1 + math.cos(math.pi * t / length)))
 
     def _period(self, u: int) -> tuple[int, float, float]:
@@ -290,11 +312,11 @@ class TriStage(Schedule):
     p is --lr, i --init-lr-scale, f --final-lr-scale.
     """
 
-    def __init__(
-        self, cfg: TriStageConfig, optimization: OptimizationConfig, *, maximize: bool = False
-    ) -> None:
-        super().__init__(cfg, optimization, maximize=maximize)
-        self.cfg = cfg
+    cfg: TriStageConfig
+
+    def prepare(self) -> None:
+        """Find where the phases end."""
+        cfg = self.cfg
         self.warmup, self.hold, self.decay = cfg.warmup_steps, cfg.hold_steps, cfg.decay_steps
         if cfg.phase_ratio is not None:
             if self.max_update <= 0:
@@ -342,11 +364,11 @@ class Triangular(Schedule):
         lr(u) = bottom + (top - bottom) * max(0, 1 - |u / h - 2c - 1|)
     """
 
-    def __init__(
-        self, cfg: TriangularConfig, optimization: OptimizationConfig, *, maximize: bool = False
-    ) -> None:
-        super().__init__(cfg, optimization, maximize=maximize)
-        self.cfg = cfg
+    cfg: TriangularConfig
+
+    def prepare(self) -> None:
+        """Find the top and half a cycle."""
+        cfg = self.cfg
         if cfg.max_lr is None or cfg.max_lr <= self.peak:
             raise ConfigError(
                 f"--lr-scheduler triangular needs --max-lr X above --lr {self.peak:g}"
@@ -384,7 +406,7 @@ class StepConfig:
 
 
 @SCHEDULES.register("step", config=StepConfig)
-class Step(Schedule):
+class Step(_WithMinimum):
     """Warm-up, then a staircase.
 
     Formula::
@@ -395,22 +417,12 @@ class Step(Schedule):
     init is --warmup-init-lr, by default min.
     """
 
-    def __init__(
-        self, cfg: StepConfig, optimization: OptimizationConfig, *, maximize: bool = False
-    ) -> None:
-        super().__init__(cfg, optimization, maximize=maximize)
-        self.cfg = cfg
-        if self.peak <= cfg.min_lr:
-            raise ConfigError(f"--lr {self.peak:g}: expected more than --min-lr {cfg.min_lr:g}")
-        self.init = cfg.warmup_init_lr if cfg.warmup_init_lr >= 0 else cfg.min_lr
+    cfg: StepConfig
 
-    def lr(self, num_updates: int, epoch: int) -> float:
+    def warm(self, num_updates: int) -> float:
         """See the class docstring."""
-        cfg = self.cfg
-        if num_updates < cfg.warmup_updates:
-            return _linear(self.init, self.peak, num_updates, cfg.warmup_updates)
-        stairs = (num_updates - cfg.warmup_updates) // cfg.lr_decay_period
-        return float(max(self.peak * cfg.lr_decay**stairs, cfg.min_lr))
+        stairs = (num_updates - self.warmup) // self.cfg.lr_decay_period
+        return float(max(self.peak * self.cfg.lr_decay**stairs, self.cfg.min_lr))
 
 
 @dataclass(frozen=True)
@@ -432,12 +444,12 @@ class Manual(Schedule):
     A key may be a number, "1,2,7" or "1-5".
     """
 
-    def __init__(
-        self, cfg: ManualConfig, optimization: OptimizationConfig, *, maximize: bool = False
-    ) -> None:
-        super().__init__(cfg, optimization, maximize=maximize)
-        self.by_epoch = _table("--epoch2lr", cfg.epoch2lr)
-        self.by_update = _table("--update2lr", cfg.update2lr)
+    cfg: ManualConfig
+
+    def prepare(self) -> None:
+        """Read the tables."""
+        self.by_epoch = _table("--epoch2lr", self.cfg.epoch2lr)
+        self.by_update = _table("--update2lr", self.cfg.update2lr)
 
     def lr(self, num_updates: int, epoch: int) -> float:
         """See the class docstring."""
@@ -480,7 +492,7 @@ class ReduceOnPlateauConfig:
 
 
 @SCHEDULES.register("reduce_lr_on_plateau", config=ReduceOnPlateauConfig)
-class ReduceOnPlateau(Schedule):
+class ReduceOnPlateau(WarmedUp):
     """Warm-up, then shrink whenever validation has not improved for `patience` epochs.
 
     Formula::
@@ -493,29 +505,25 @@ class ReduceOnPlateau(Schedule):
     --warmup-init-lr, by default 0.
     """
 
-    def __init__(
-        self,
-        cfg: ReduceOnPlateauConfig,
-        optimization: OptimizationConfig,
-        *,
-        maximize: bool = False,
-    ) -> None:
-        super().__init__(cfg, optimization, maximize=maximize)
-        self.cfg = cfg
-        self.init = cfg.warmup_init_lr if cfg.warmup_init_lr >= 0 else 0.0
+    cfg: ReduceOnPlateauConfig
+
+    def prepare(self) -> None:
+        """Begin to count."""
+        super().prepare()
         self.shrunk = 0
         self.bad_epochs = 0
 
-    def lr(self, num_updates: int, epoch: int) -> float:
+    def warming_up(self, num_updates: int) -> bool:
+        """See the class docstring: its last update counts, other than elsewhere."""
+        return num_updates <= self.warmup and self.warmup > 0
+
+    def warm(self, num_updates: int) -> float:
         """See the class docstring."""
-        if num_updates <= self.cfg.warmup_updates and self.cfg.warmup_updates > 0:
-            return _linear(self.init, self.peak, num_updates, self.cfg.warmup_updates)
         return float(self.peak * self.cfg.lr_shrink**self.shrunk)
 
     def observe(self, value: float | None, num_updates: int) -> None:
         """Count epochs without improvement; shrink when patience is exceeded."""
-        warming_up = self.cfg.warmup_updates > 0 and num_updates <= self.cfg.warmup_updates
-        if value is None or warming_up:
+        if value is None or self.warming_up(num_updates):
             return
         if self._improves(value):
             self.best, self.bad_epochs = value, 0
