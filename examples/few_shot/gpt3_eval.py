@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -137,6 +138,7 @@ class _Work:
 
     model_name: str
     planned: tuple[PlannedEvaluation, ...]
+    skip_completed: bool = False
 
 
 def run_evaluations_from_model_name(model_name: str, **kwargs: Any) -> list[dict[str, Any]]:
@@ -147,7 +149,8 @@ def run_evaluations_from_model_name(model_name: str, **kwargs: Any) -> list[dict
         kwargs: destinations of flags and their values, as `parse` gives them.
 
     Returns:
-        The contents of the results files, in the order of `plan`.
+        The contents of the results files, in the order of `plan`. Of several processes that a
+        launcher started only the first has them; the others return an empty list.
 
     Raises:
         FliteError: what the user can mend.
@@ -155,15 +158,17 @@ def run_evaluations_from_model_name(model_name: str, **kwargs: Any) -> list[dict
     if kwargs.get("user_dir"):
         import_user_dir(kwargs["user_dir"])
     planned = plan(model_name, **kwargs)
-    for remark in remarks(planned, kwargs):
+    rank, size = _place(planned[0].options)
+    for remark in remarks(planned, kwargs) if rank == 0 else ():
         logger.warning(remark)
     options = planned[0].options
+    skip = options.skip_completed and not options.recalc_metrics_from_predictions
     left = tuple(planned)
-    if options.skip_completed and not options.recalc_metrics_from_predictions:
+    if skip and size == 1:  # with nothing to do, no process need be started
         left = unfinished(planned)
     if left:
-        run_planned(left)
-    return [results.read_results(each.results_file) for each in planned]
+        _run(_Work(planned[0].model, left, skip_completed=skip and size > 1), options)
+    return [results.read_results(each.results_file) for each in planned] if rank == 0 else []
 
 
 def run_planned(planned: Sequence[PlannedEvaluation]) -> None:
@@ -175,19 +180,35 @@ def run_planned(planned: Sequence[PlannedEvaluation]) -> None:
     _run(_Work(planned[0].model, tuple(planned)), planned[0].options)
 
 
-def _run(work: _Work, options: EvaluationOptions) -> None:
-    needs_model = predictor_type(options.predictor_name).needs_model
-    if options.recalc_metrics_from_predictions or not needs_model:
-        _without_model(work, options)
-        return
-    from fairseq_lite.parallel.launch import launch_for
-
-    distributed = DistributedTrainingConfig(
+def _distributed(options: EvaluationOptions) -> DistributedTrainingConfig:
+    return DistributedTrainingConfig(
         distributed_world_size=options.distributed_world_size,
         distributed_port=options.distributed_port or -1,
     )
+
+
+def _place(options: EvaluationOptions) -> tuple[int, int]:
+    """The rank of this process among those that a launcher started, and their number."""
+    if os.environ.keys().isdisjoint({"RANK", "SLURM_PROCID"}):
+        return 0, 1  # without importing torch
+    from fairseq_lite.parallel.api import Machine
+    from fairseq_lite.parallel.plan import plan as plan_processes
+
+    machine = Machine(environ=os.environ)
+    found = plan_processes(_distributed(options), cpu=True, machine=machine, if_asked=True)
+    return (0, 1) if found.spawn else (found.first_rank, found.size)
+
+
+def _run(work: _Work, options: EvaluationOptions) -> None:
+    needs_model = predictor_type(options.predictor_name).needs_model
+    if options.recalc_metrics_from_predictions or not needs_model:
+        if _place(options)[0] == 0:  # there is nothing to share out
+            _without_model(work, options)
+        return
+    from fairseq_lite.parallel.launch import launch_for
+
     launch_for(
-        distributed,
+        _distributed(options),
         _with_model,
         work,
         command="gpt3_eval",
@@ -210,10 +231,11 @@ def prepare_rank() -> None:
 def _without_model(work: _Work, options: EvaluationOptions) -> None:
     from examples.few_shot.evaluation import Evaluation, Tasks
 
-    for each in work.planned:
+    planned = unfinished(work.planned) if work.skip_completed else work.planned
+    for each in planned:
         Evaluation(each, None)  # no evaluation begins where a later one cannot
     tasks = Tasks()
-    for each in work.planned:
+    for each in planned:
         evaluation = Evaluation(each, None, tasks=tasks)
         again = options.recalc_metrics_from_predictions
         _report(each, evaluation.recalculated() if again else evaluation.run())
@@ -226,11 +248,16 @@ def _with_model(work: _Work, world: Any) -> None:
 
     if not world.is_main:  # the first says what all have to say
         logging.getLogger().setLevel(logging.ERROR)
-    for each in work.planned:
+    planned = work.planned
+    if work.skip_completed:  # what is there may change while ranks look: one looks for all
+        planned = world.broadcast_object(unfinished(planned) if world.is_main else None)
+    if not planned:
+        return
+    for each in planned:
         Evaluation(each, None)  # a missing file is told before minutes of loading
-    model = load_model(work.model_name, work.planned[0].options, world)
+    model = load_model(work.model_name, planned[0].options, world)
     tasks = Tasks()
-    for each in work.planned:
+    for each in planned:
         found = Evaluation(each, model, is_main=world.is_main, tasks=tasks).run()
         if world.is_main:
             _report(each, found)

@@ -120,6 +120,45 @@ def test_several_processes_say_what_one_says(
     assert seen[0][1] == seen[1][1]
 
 
+@pytest.mark.timeout(400)
+def test_processes_of_a_launcher_share_the_work_and_one_writes(
+    models: dict[str, Path], tasks: Path, tmp_path: Path
+) -> None:
+    words = ["--tasks", "copa", "--nshot", "0", "2", "--num-trials", "1", "--data-dir", str(tasks),
+             "--results-dir", str(tmp_path), "--cpu"]  # fmt: skip
+
+    def launched(model: object, *more: str) -> str:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+                   "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
+                   "-m", "examples.few_shot.gpt3_eval", "--model-name", str(model)]  # fmt: skip
+        done = subprocess.run(
+            [*command, *words, *more], capture_output=True, text=True, timeout=150, cwd=REPOSITORY
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert launched(models["moe"]).count(" | accuracy ") == 2
+    first, second = sorted(tmp_path.glob("*_results.json"))
+    alone = evaluate(models["moe"], *words[:-3], "--results-dir", tmp_path / "one", "--cpu")
+    for path, expected in zip((first, second), alone, strict=True):
+        assert json.loads(path.read_text())["accuracy"] == expected["accuracy"]
+    second.unlink()
+    assert launched(models["moe"], "--skip-completed").count(" | accuracy ") == 1
+    assert second.exists()
+
+
+def test_one_process_of_a_launcher_answers_without_a_model(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--tasks", "copa", "--nshot", 0, "--data-dir", tasks, "--results-dir", tmp_path]
+    for name, value in {"WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("RANK", "1")
+    assert evaluate("random", *words) == [] == list(tmp_path.iterdir())
+    monkeypatch.setenv("RANK", "0")
+    assert len(evaluate("random", *words)) == 1
+
+
 def test_again_is_the_same_to_the_byte_but_for_the_times(
     models: dict[str, Path], tasks: Path, tmp_path: Path
 ) -> None:
