@@ -131,6 +131,10 @@ def get_grid(args: argparse.Namespace) -> list[hyperparam]:
 
 
 def _check(args: argparse.Namespace) -> None:
+    parts.at_least(args, 1, "dl", "embed_dim", "nh", "dict_size", "ebs", "bs", "tps", "mu", "li")
+    parts.at_least(args, 0, "wu", "nw")
+    if not args.no_save:
+        parts.at_least(args, 1, "save_updates")
     for name, why in _REFUSED.items():
         if getattr(args, name):
             raise ConfigError(f"--{name}: {why}")
@@ -155,9 +159,6 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"{flag} is about experts: add --epg N, the experts a GPU")
     if args.dict_size is not None and args.data is not None:
         raise ConfigError("--dict-size is of random tokens, and -d gives others: leave one out")
-    for flag, number in (("--dict-size", args.dict_size), ("--nh", args.nh)):
-        if number is not None and number < 1:
-            raise ConfigError(f"{flag} {number}: expected 1 or more")
     if args.embed_dim % (args.nh or 1):
         raise ConfigError(f"--nh {args.nh}: does not divide --embed-dim {args.embed_dim}")
 

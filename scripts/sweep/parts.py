@@ -62,6 +62,25 @@ def schedule(name: str, *, usual: str, max_update: int, warmup: list[int]) -> li
     return flags
 
 
+def at_least(args: argparse.Namespace, least: int, *names: str) -> None:
+    """Refuse numbers below `least`, before a run's name is made of them.
+
+    Args:
+        args: the options.
+        least: the smallest number.
+        names: options, of one value or several; a value of None is nobody's.
+
+    Raises:
+        ConfigError: in the words that were typed.
+    """
+    for name in names:
+        value = getattr(args, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and number < least:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} {number}: expected {least} or more")
+
+
 def num_experts(args: argparse.Namespace) -> int:
     """The experts of a layer, from --epg, the experts a GPU; 0 for a dense model.
 

@@ -43,6 +43,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def get_grid(args: argparse.Namespace) -> list[hyperparam]:
+    parts.at_least(args, 1, "tps", "bs", "uf", "mu", "li", "save_updates")
+    parts.at_least(args, 0, "wu", "nw")
     adam = [hyperparam("--adam-betas", "(0.9, 0.98)")] if args.opt == "adam" else []
     return [
         *parts.precision(args.precision),

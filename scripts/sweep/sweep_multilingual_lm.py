@@ -108,6 +108,8 @@ def _variable(kind: Callable[[str], N], name: str, otherwise: N | None) -> N | N
 
 
 def get_grid(args: argparse.Namespace) -> list[hyperparam]:
+    parts.at_least(args, 1, "tps", "bs", "uf", "batch_tokens", "mu", "li", "save_updates")
+    parts.at_least(args, 0, "wu", "nw")
     size = SIZES[args.model_size]
     arch = args.arch or size.arch
     batch = size.batch if args.bs is None else args.bs

@@ -51,6 +51,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def get_grid(args: argparse.Namespace) -> list[hyperparam]:
+    parts.at_least(args, 1, "max_tokens", "update_freq", "max_update", "li")
+    parts.at_least(args, 0, "warmup_updates")
     return [
         *parts.precision(args.precision),
         hyperparam("--task", args.task),

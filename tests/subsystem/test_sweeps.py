@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import sweeps
+from tests.helpers import fake_slurm, sweeps
 from tests.helpers.languages import write_corpus, write_languages
 from tests.helpers.sweeps import state
 
@@ -137,6 +137,33 @@ def test_the_multilingual_sweep_of_the_guide_runs(tmp_path, monkeypatch):
     assert (row["state"], row["updates"]) == ("finished", "4")
     assert (tmp_path / "out" / name / "checkpoint_last-shared.pt").is_file()
     assert Path("steps").read_text() == f"{tmp_path / 'out' / name}\n"
+
+
+def test_a_sweep_in_an_allocation_trains_on_its_machines(tmp_path, monkeypatch, capfd):
+    data = write_corpus(tmp_path / "data", {"train": 200, "valid": 10})
+    (tmp_path / "slurm").mkdir()
+    said = {"JOB_ID": "17", "JOB_NUM_NODES": "2", "NNODES": "2", "NTASKS": "2",
+            "JOB_NODELIST": "localhost,localhost"}  # fmt: skip
+    for name, value in said.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("FAKE_SLURM", str(tmp_path / "slurm"))
+    commands = fake_slurm.install(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
+    words = ["-d", data, "-p", "s", "-t", "1", "-n", "2", "-g", "1", "--checkpoints-dir", "out"]
+    words += ["--arch", "transformer_lm_gpt2_tiny", "--tps", "16", "--mu", "3", "--wu", "1"]
+    words += ["--li", "1", "--nw", "0", "--precision", "fp32", "--partition", "p"]
+    assert run("sweep_lm", *words, "--salloc", "--dry-run") == 0
+    printed = capfd.readouterr().out
+    assert "    srun --nodes=2 --ntasks=2" in printed
+    assert "--salloc: no part in it have --partition" in printed
+    assert run("sweep_lm", *words, "--salloc") == 0
+    ((name, row),) = table(Path("out")).items()
+    assert name.endswith(".ngpu2")
+    assert (row["state"], row["updates"]) == ("finished", "3")
+    log = (Path("out") / name / state.LOG).read_text()
+    assert "training on 2 devices" in log and trained(Path("out") / name) == [1, 2, 3]
+    assert run("sweep_lm", *words, "--salloc") == 0
+    assert "skipped, as it has finished" in capfd.readouterr().out
 
 
 # Slurm, as far as a job needs it: sbatch keeps the script, srun executes what follows its options,

@@ -87,6 +87,16 @@ def test_a_run_that_ends_well(tmp_path):
     assert rest == ["out", "warning: err"]
 
 
+def test_the_launcher_starts_the_command_and_not_the_steps(tmp_path):
+    steps = (f"echo step $0 >>{tmp_path}/said",)
+    run = run_of(tmp_path, "echo $X", launcher=("env", "X=launched"), post_steps=steps)
+    assert execute(run).state is State.FINISHED
+    assert log(tmp_path)[-1] == "launched"
+    record = state.load(tmp_path)
+    assert record is not None and record.command == run.command
+    assert len((tmp_path / "said").read_text().splitlines()) == 1
+
+
 def test_a_run_that_fails_says_why(tmp_path):
     done = execute(run_of(tmp_path, "echo flite-train: error: no data >&2; exit 2"))
     assert (done.state, done.exit_code) == (State.FAILED, 2)

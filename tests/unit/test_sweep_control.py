@@ -304,6 +304,29 @@ def test_flags_that_flite_train_has_not_are_found_before_anything_starts(tmp_pat
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ({"--max-update": 9, "--lr-scheduler": "cosine", "--warmup-updates": 9}, "--max-update"),
+        ({"--lr-scheduler": "polynomial_decay"}, "--total-num-update"),
+        ({"--max-update": 9, "--batch-size": None}, "the size of a batch is missing"),
+    ],
+)
+def test_what_cannot_train_is_found_before_anything_starts(flags, line):
+    def run_of(**more):
+        words = ["data", "--task", "language_modeling", "--arch", "transformer_lm_gpt"]
+        given = {"--optimizer": "adam", "--lr": 1, "--batch-size": 2, **more}
+        for name, value in given.items():
+            words += [] if value is None else [name, str(value)]
+        return grid.Run("x", Path("x"), ("p",), tuple(words))
+
+    with pytest.raises(ConfigError, match=f"^x: .*{line}.*; nothing was started$"):
+        control.check([run_of(**flags)], here=True)
+    if "--batch-size" in flags:  # what the machine that trains is asked
+        assert len(control.check([run_of(**flags)])) == 1
+    assert len(control.check([run_of(), run_of(**{"--max-update": 9})], here=True)) == 2
+
+
 def test_what_a_plugin_brings_is_not_looked_at_before():
     control.check([grid.Run("x", Path("x"), ("p",), ("data", "--user-dir", "u", "--odd", "1"))])
 

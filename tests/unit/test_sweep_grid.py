@@ -172,6 +172,17 @@ def test_a_copy_of_the_code_is_run_from_its_folder():
     assert run.arguments == run.command[2:]
 
 
+def test_in_an_allocation_a_run_is_a_step_with_a_task_on_each_machine():
+    (run,) = runs_of(lambda args: [], None, args_of("--salloc", "-n", "2", "-g", "8"))
+    assert run.launcher == (
+        *("srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"),
+        *("--cpu-bind=none", "--kill-on-bad-exit=1"),
+    )
+    (other,) = runs_of(lambda args: [], None, args_of("-n", "2", "-g", "8"))
+    assert other.launcher == () and other.command == run.command
+    assert "--distributed-world-size 16" in " ".join(run.command)
+
+
 @pytest.mark.parametrize("name", ["--save-dir", "--distributed-world-size"])
 def test_what_the_sweep_itself_gives_is_refused(name):
     with pytest.raises(ConfigError, match=f"the grid has {name}"):
@@ -185,7 +196,7 @@ def test_what_the_sweep_itself_gives_is_refused(name):
         (["-g", "0"], "-g 0: expected 1 or more"),
         (["-t", "x"], "invalid int value"),
         (["--local", "-n", "2"], "--local is this machine alone"),
-        (["--salloc"], "--salloc is not built: .*--local"),
+        (["--salloc", "--local"], "--local is this machine, and --salloc those of an allocation"),
         (["-p", "a/b"], "--prefix a/b: expected letters"),
         (["--resume-faild"], "unknown flag --resume-faild.*--resume-failed"),
         (["--resume"], "unknown flag --resume"),
@@ -216,7 +227,8 @@ def test_durations(text, number):
 def test_flags_of_slurm_are_told_of_where_they_have_no_part():
     words = ["--partition", "a", "--constraint", "b", "--time", "10", "--exclusive"]
     expected = {"--partition", "--constraint", "--time", "--exclusive"}
-    assert set(options.without_part(args_of("--local", *words))) == expected
+    for here in ("--local", "--salloc"):
+        assert set(options.without_part(args_of(here, *words))) == expected
     assert options.without_part(args_of(*words)) == []
 
 

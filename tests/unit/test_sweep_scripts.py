@@ -170,13 +170,39 @@ def test_optimizers_that_look_at_whole_matrices(words):
         ("--ebs 100 --bs 4", "--ebs 100: 8 .* take 32 blocks at a time; choose 96 or 128"),
         ("--bs 128", "--ebs 512: 8 .* take 1024 blocks at a time; choose 1024,"),
         ("--dict-size 9", "--dict-size is of random tokens"),
-        ("--bs 0", "batches of 0 blocks: expected 1 or more; see --bs"),
         ("--nh 0", "--nh 0: expected 1 or more"),
         ("--nh 5", "--nh 5: does not divide --embed-dim 768"),
     ],
 )
 def test_what_the_benchmark_refuses(words, line):
     assert re.search(line, refused("benchmark_lm", *words.split()))
+
+
+_NONE = {
+    "sweep_lm": "tps bs uf mu li save-updates",
+    "benchmark_lm": "dl embed-dim nh ebs bs tps mu li save-updates dict-size",
+    "sweep_multilingual_lm": "tps bs uf batch-tokens mu li save-updates",
+    "sweep_translation": "max-tokens update-freq max-update li",
+}
+_NEGATIVE = {
+    "sweep_lm": "wu nw",
+    "benchmark_lm": "wu nw",
+    "sweep_multilingual_lm": "wu nw",
+    "sweep_translation": "warmup-updates",
+}
+
+
+@pytest.mark.parametrize("script", sorted(_NONE))
+def test_numbers_that_cannot_train_are_refused_as_they_were_typed(script):
+    for names, number, least in ((_NONE, 0, 1), (_NEGATIVE, -1, 0)):
+        for name in names[script].split():
+            line = refused(script, f"--{name}", number)
+            assert line == f"--{name} {number}: expected {least} or more"
+
+
+def test_of_several_numbers_each_counts():
+    assert refused("sweep_lm", "--uf", 3, 0) == "--uf 0: expected 1 or more"
+    assert refused("sweep_translation", "--update-freq", 3, -2).startswith("--update-freq -2: ")
 
 
 def test_random_tokens_where_no_data_are_given(tmp_path):
@@ -352,6 +378,7 @@ def test_a_script_in_fairseqs_style(tmp_path, monkeypatch, capsys):
         '        hyperparam("--optimizer", "adam", save_dir_key=lambda val: val),\n'
         '        hyperparam("--adam-betas", "(0.9, 0.98)", save_dir_key=lambda val: "b0.9,0.98"),\n'
         '        hyperparam("--lr", [5e-4], save_dir_key=lambda val: f"lr{val}"),\n'
+        '        hyperparam("--max-tokens", 2048),\n'
         "    ]\n\n\n"
         "def add_extra_options_func(parser):\n"
         '    parser.add_argument("--arch", default="transformer_lm_gpt")\n\n\n'

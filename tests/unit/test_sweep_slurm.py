@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fairseq_lite.errors import ConfigError, MissingDependency
+from fairseq_lite.errors import ConfigError, DataError, MissingDependency
 from tests.helpers.sweeps import FOLDER, control, grid, hyperparam, options, slurm, state
 
 State = state.State
@@ -141,6 +141,65 @@ def test_a_dry_run_submits_nothing_and_needs_no_slurm(tmp_path, capsys, monkeypa
     sweep(tmp_path, "--dry-run", "--partition", "p")
     assert not (tmp_path / "out").exists()
     assert "slurm_partition=p" in capsys.readouterr().out
+
+
+def language_models(args):
+    return [
+        hyperparam("--task", "language_modeling"),
+        hyperparam("--arch", "transformer_lm_gpt2_tiny"),
+        hyperparam("--optimizer", "adam"),
+        hyperparam("--max-update", 3),
+        hyperparam("--batch-size", 2),
+        hyperparam("--lr", [1, 2], save_dir_key=lambda v: f"lr{v}"),
+    ]
+
+
+def test_a_data_folder_that_is_none_is_told_before_anything_is_submitted(tmp_path, cluster, capsys):
+    words = ["-p", "s", "-g", "1", "-t", "-1", "--checkpoints-dir", str(tmp_path / "out")]
+    data = f"{tmp_path}:{tmp_path / 'gone'}"
+    for here in ([], ["--local"]):
+        with pytest.raises(DataError, match="/gone: no such data folder.*; nothing was started$"):
+            control.conduct([*words, *here, "-d", data], language_models, None, None, None, None)
+    assert submitted(cluster) == [] and not (tmp_path / "out" / "s.lr1.ngpu1").exists()
+    data = str(tmp_path / "gone")
+    control.conduct([*words, "-d", data, "--dry-run"], language_models, None, None, None, None)
+    line = f"not there yet: -d {data}: no such data folder; make it with flite-preprocess"
+    assert capsys.readouterr().out.splitlines().count(line) == 1
+    control.conduct([*words, "-d", str(tmp_path)], language_models, None, None, None, None)
+    assert len(submitted(cluster)) == 2
+
+
+def test_what_a_script_prepares_is_looked_for_when_it_has(tmp_path, cluster, capsys):
+    words = ["-p", "s", "-g", "1", "-t", "1", "--checkpoints-dir", str(tmp_path / "out")]
+    made = tmp_path / "made"
+
+    def with_data(args):
+        args.data = str(made)
+        return language_models(args)
+
+    def prepare(args):
+        made.mkdir()
+
+    control.conduct([*words, "--dry-run"], with_data, None, None, prepare, None)
+    assert "not there yet" not in capsys.readouterr().out
+    control.conduct(words, with_data, None, None, prepare, None)
+    assert len(submitted(cluster)) == 1
+
+
+def test_an_allocation_is_needed_with_as_many_machines(tmp_path, cluster, monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_JOB_NUM_NODES"):
+        monkeypatch.delenv(name, raising=False)
+    sweep(tmp_path, "--salloc", "--dry-run")  # which needs none
+    with pytest.raises(ConfigError, match="--salloc: no allocation .* type salloc first"):
+        sweep(tmp_path, "--salloc")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    with pytest.raises(ConfigError, match="--salloc -n 3: this allocation has 2 machine"):
+        sweep(tmp_path, "--salloc", "-n", "3")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match="--salloc: no allocation"):
+        sweep(tmp_path, "--salloc")
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_submitit(tmp_path, monkeypatch):

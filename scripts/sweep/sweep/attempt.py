@@ -195,7 +195,7 @@ class Attempt:
         with open(run.save_dir / state.LOG, "ab") as log:
             self._head(log)
             try:
-                code = self._one(run.command, log)
+                code = self._one((*run.launcher, *run.command), log)
                 done = self._judge(code)
                 for step in run.post_steps if done.state is State.FINISHED else ():
                     code = self._one(step, log)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fairseq_lite.builtins import load_builtins
+from fairseq_lite.config.core import RunConfig
 from fairseq_lite.config.parse import parse
+from fairseq_lite.data.folders import data_folders
 from fairseq_lite.errors import ConfigError, DataError
 
 from . import results, slurm, state
@@ -85,19 +88,28 @@ def conduct(
         SystemExit: with status 1 when a run has failed or was ended, now or earlier.
     """
     args = read(argv, add_options, about)
+    typed = args.data
     runs = runs_of(_grid(get_grid, args.grid), postprocess, args)
-    check(runs)
+    configs = check(runs, here=args.local)
     idle = without_part(args)
     if idle:
-        print(f"--local: no part in it have {', '.join(idle)}, which are Slurm's")
+        where = "--local" if args.local else "--salloc"
+        print(f"{where}: no part in it have {', '.join(idle)}, which are Slurm's")
     if args.dry_run:
         _show(args, runs)
+        # What a script prepares is not there yet.
+        for line in missing_data(configs, typed) if prepare is None or typed is not None else ():
+            print(f"not there yet: {line}")
     else:
         queue = None
-        if not args.local:
+        if args.salloc:
+            slurm.check_allocation(args)
+        elif not args.local:
             queue = slurm.Queue(args, Path(args.checkpoints_dir, f"{args.prefix}.slurm"))
         if prepare is not None:
             prepare(args)
+        for line in missing_data(configs, typed):
+            raise DataError(f"{line}; nothing was started")
         if queue is None:
             with _hangup_ends():
                 _each(args, runs, _execute)
@@ -126,24 +138,63 @@ def _grid(get_grid: Grid | Mapping[str, Grid], name: str | None) -> Grid:
     return get_grid
 
 
-def check(runs: Sequence[Run]) -> None:
+def check(runs: Sequence[Run], *, here: bool = False) -> list[RunConfig]:
     """Let flite-train read every command line now, not when its turn or its job comes.
 
     Plugins are not imported for it: their flags are read when the run starts.
 
+    Args:
+        runs: the runs.
+        here: this machine is to train, so that it can be asked what it cannot.
+
+    Returns:
+        What was read.
+
     Raises:
-        ConfigError: a run's flags are none, with its name.
+        ConfigError: a run's flags are none, or cannot train, with its name.
     """
     registries = None
+    found = []
     for run in runs:
         plugin = any(word.split("=")[0] in ("--user-dir", "--config") for word in run.arguments)
         if not run.arguments or plugin:
             continue
         registries = registries or load_builtins()
         try:
-            parse("flite-train", run.arguments, registries)
+            config = parse("flite-train", run.arguments, registries)
+            # What a schedule cannot do is found when it is made, on any machine.
+            registries["lr_scheduler"].get(config.lr_scheduler.name or "fixed").factory(
+                config.lr_scheduler.config,
+                config.optimization,
+                maximize=config.checkpoint.maximize_best_checkpoint_metric,
+            )
+            if here:
+                from fairseq_lite.training import assembly  # torch, which --help need not wait for
+
+                assembly.check(config)
         except ConfigError as e:
             raise ConfigError(f"{run.name}: {e}; nothing was started") from None
+        found.append(config)
+    return found
+
+
+def missing_data(configs: Iterable[RunConfig], typed: str | None) -> list[str]:
+    """What is said of data folders that are none, once of each.
+
+    Args:
+        configs: of the runs.
+        typed: the value of -d.
+    """
+    found: dict[str, None] = {}
+    for config in configs:
+        fields = {field.name for field in dataclasses.fields(config.task.config)}
+        if "data" in fields:
+            data = config.task.config.data  # type: ignore[attr-defined]
+            try:
+                data_folders(data)
+            except DataError as e:
+                found[f"{'-d ' if data == typed else ''}{e}"] = None
+    return list(found)
 
 
 def _show(args: argparse.Namespace, runs: Sequence[Run]) -> None:
@@ -152,10 +203,10 @@ def _show(args: argparse.Namespace, runs: Sequence[Run]) -> None:
         now = _plan(args, *state.state_of(run.save_dir))
         print(f"[{number}/{len(runs)}] {run.name}: {now.words}")
         if now.start:
-            print(f"    {shlex.join(run.command)}")
+            print(f"    {shlex.join((*run.launcher, *run.command))}")
             for step in run.post_steps:
                 print(f"    then: {step}")
-    if not args.local:
+    if not args.here:
         asked = {k: v for k, v in slurm.parameters(args).items() if v is not None}
         print("of Slurm: " + ", ".join(f"{name}={value}" for name, value in asked.items()))
 
@@ -182,7 +233,7 @@ def _each(
             now = _plan(args, how_far, before)
             record = None
             if now.start:
-                new = State.RUNNING if args.local else State.SUBMITTED
+                new = State.RUNNING if args.here else State.SUBMITTED
                 record = claimed(run, before, new)
                 state.store(run.save_dir, record)
         words = now.words + changed(before, run)
@@ -192,10 +243,10 @@ def _each(
         try:
             if args.snapshot_code:
                 snapshot(snapshot_folder(run.save_dir))
-            if args.local:
+            if args.here:
                 print(f"{head}: {words}; log: {run.save_dir / state.LOG}", flush=True)
             told = start(args, run, record)
-            print(f"{head}: {told}" if args.local else f"{head}: {told}, {words}", flush=True)
+            print(f"{head}: {told}" if args.here else f"{head}: {told}, {words}", flush=True)
         except Exception:
             state.take_back(run.save_dir, record, before)
             raise

@@ -108,6 +108,7 @@ class Run:
         save_dir: the folder.
         command: what to execute.
         arguments: the words of it that are flite-train's; empty where something else is executed.
+        launcher: words in front of the command: what starts it on other machines.
         post_steps: shell commands to execute afterwards.
         python_path: folder that Python looks for modules in first; None for no other than before.
     """
@@ -116,6 +117,7 @@ class Run:
     save_dir: Path
     command: tuple[str, ...]
     arguments: tuple[str, ...] = ()
+    launcher: tuple[str, ...] = ()
     post_steps: tuple[str, ...] = ()
     python_path: str | None = None
 
@@ -227,8 +229,21 @@ def _run(args: argparse.Namespace, config: Config) -> Run:
         save_dir=save_dir,
         command=(args.python or sys.executable, *program, *words),
         arguments=tuple(words) if args.script is None else (),
+        launcher=_step(args) if args.salloc else (),
         post_steps=tuple(step.replace("{job_dir}", str(save_dir)) for step in args.post_steps),
         python_path=python_path,
+    )
+
+
+def _step(args: argparse.Namespace) -> tuple[str, ...]:
+    """A step of salloc's allocation: a task on each machine, which starts a process for each GPU.
+
+    It has all cores and GPUs that the machines have in the allocation.
+    """
+    nodes = args.num_nodes
+    return (
+        *("srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"),
+        *("--cpu-bind=none", "--kill-on-bad-exit=1"),
     )
 
 

@@ -16,7 +16,7 @@ from fairseq_lite.registry import near
 
 AddOptions = Callable[[argparse.ArgumentParser], object]
 
-# Flags that speak to Slurm, which has no part in --local.
+# Flags that speak to Slurm's queue, which has no part in --local and --salloc.
 _SLURM = (
     *("partition", "constraint", "mem", "comment", "reservation", "exclusive"),
     *("dep", "sequential"),
@@ -90,6 +90,11 @@ def parser(description: str | None = None) -> Parser:
     add("--resume-finished", action="store_true", help="start runs that finished once more")
     add = new.add_argument_group("where").add_argument
     add("--local", action="store_true", help="here, one run after another; otherwise on Slurm")
+    add(
+        "--salloc",
+        action="store_true",
+        help="on the machines of salloc's allocation, one run after another",
+    )
     add("--partition", metavar="NAME", help="Slurm's partition")
     add("--time", default="4320", help="limit: minutes, or as Slurm writes it (default: 4320)")
     add("--mem", metavar="SIZE", help="memory of a machine, as in 400G")
@@ -99,7 +104,6 @@ def parser(description: str | None = None) -> Parser:
     add("--exclusive", action="store_true", help="share no machine")
     add("--dep", metavar="JOB", type=int, help="wait until this job has ended")
     add("--sequential", action="store_true", help="each run waits until the one before has ended")
-    add("--salloc", action="store_true", help="not built; --local runs within an allocation")
     return new
 
 
@@ -127,6 +131,7 @@ def read(
     _check(args)
     args.post_steps = [_step(step) for step in args.post_steps]
     args.time_minutes = minutes(args.time)
+    args.here = args.local or args.salloc
     return args
 
 
@@ -137,11 +142,13 @@ def _check(args: argparse.Namespace) -> None:
         if value < 1:
             raise ConfigError(f"{flag} {value}: expected 1 or more")
     if args.local and args.num_nodes > 1:
-        raise ConfigError(f"--local -n {args.num_nodes}: --local is this machine alone; -n 1")
-    if args.salloc:
         raise ConfigError(
-            "--salloc is not built: within an allocation use --local (one machine), "
-            "or leave it out and let Slurm queue the runs"
+            f"--local -n {args.num_nodes}: --local is this machine alone: -n 1; or --salloc, for "
+            "the machines of an allocation"
+        )
+    if args.local and args.salloc:
+        raise ConfigError(
+            "--local is this machine, and --salloc those of an allocation: leave one of them out"
         )
     if not re.fullmatch(r"[\w@+=][\w.@+=-]*", args.prefix):
         raise ConfigError(
@@ -155,8 +162,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def without_part(args: argparse.Namespace) -> list[str]:
-    """Flags that were typed for Slurm, which has no part in --local."""
-    if not args.local:
+    """Flags that were typed for Slurm's queue, which has no part in --local and --salloc."""
+    if not args.here:
         return []
     typed = [name for name in _SLURM if getattr(args, name) not in (None, False)]
     if args.time != "4320":

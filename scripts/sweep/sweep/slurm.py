@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -40,6 +41,24 @@ def submitit() -> Any:
         if shutil.which(command) is None:
             raise ConfigError(f"no {command} here, so no Slurm: add --local to train here")
     return package
+
+
+def check_allocation(args: argparse.Namespace) -> None:
+    """See that this is a shell of salloc's, with as many machines as are asked for.
+
+    Raises:
+        ConfigError: it is none, or has fewer.
+    """
+    if "SLURM_JOB_ID" not in os.environ or shutil.which("srun") is None:
+        raise ConfigError(
+            "--salloc: no allocation of Slurm's here: type salloc first; or --local to train on "
+            "this machine, or leave it out and let Slurm queue the runs"
+        )
+    machines = os.environ.get("SLURM_JOB_NUM_NODES", "")
+    if machines.isdigit() and int(machines) < args.num_nodes:
+        raise ConfigError(
+            f"--salloc -n {args.num_nodes}: this allocation has {machines} machine(s)"
+        )
 
 
 def parameters(args: argparse.Namespace) -> dict[str, Any]:
