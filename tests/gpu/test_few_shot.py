@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,16 @@ from tests.helpers.few_shot import (
 GPUS = torch.cuda.device_count()
 no_gpu = pytest.mark.skipif(not GPUS, reason="no GPU: torch.cuda.device_count() is 0")
 
-# Name -> flags of training, flags of evaluation.
-MODELS: dict[str, tuple[list[str], list[str]]] = {
-    "tiny": ([], []),
-    "tiny_moe": (EXPERTS, []),
-    "tiny_moe_cap": (EXPERTS, ["--cap", "1.0"]),
+LANGUAGES = ["--task", "multilingual_language_modeling", "--langs", "de,en"]
+CAPACITY = ["--cap", "1."]
+
+# Name -> data folder, flags of training, flags of evaluation.
+MODELS: dict[str, tuple[str, list[str], list[str]]] = {
+    "tiny": ("one", [], []),
+    "tiny_moe": ("one", EXPERTS, []),
+    "tiny_moe_cap": ("one", EXPERTS, CAPACITY),
+    "tiny_multi": ("several", LANGUAGES, []),
+    "tiny_multi_moe": ("several", [*LANGUAGES, *EXPERTS], CAPACITY),
 }
 
 
@@ -32,17 +38,26 @@ MODELS: dict[str, tuple[list[str], list[str]]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("few-shot")
     write_copa(found / "tasks", val=8)
-    data = write_language_data(found / "text")
-    for name, (training, _) in MODELS.items():
-        train_language_model(data, found / name, *training)
+    one = write_language_data(found / "text")
+    data = {"one": one, "several": in_languages(one, found / "several")}
+    for name, (kind, training, _) in MODELS.items():
+        train_language_model(data[kind], found / name, *training)
     return found
+
+
+def in_languages(data: Path, folder: Path) -> Path:
+    """A data folder as of several languages, whose texts are one."""
+    shutil.copytree(data, folder)
+    for language in ("de", "en"):
+        shutil.copytree(data, folder / language)
+    return folder
 
 
 def run(folder: Path, name: str, out: Path, *words: object) -> tuple[dict[str, Any], list[float]]:
     (found,) = evaluate(
         folder / name / "checkpoint_last.pt", "--tasks", "copa", "--nb-few-shot-samples-values", 0,
         "--max-tokens", 2048, "--data-dir", folder / "tasks", "--results-dir", out,
-        *MODELS[name][1], *words,
+        *MODELS[name][2], *words,
     )  # fmt: skip
     lines = results.read_rows(out / found["predictions"][0])
     return found, [said["score"] for line in lines for _, said in line["candidates"]]
