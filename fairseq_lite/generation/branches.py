@@ -15,6 +15,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from torch import Tensor
 from fairseq_lite.generation.branch_passes import Asked, packed_passes, whole_passes
 from fairseq_lite.generation.branch_plan import Branches, Places, Unit, collect
 from fairseq_lite.generation.incremental import can_cache
-from fairseq_lite.generation.likelihood import average, slice_rows
+from fairseq_lite.generation.likelihood import average
 from fairseq_lite.models.api import Model
 from fairseq_lite.models.transformer_lm import TransformerLanguageModel
 
@@ -43,6 +44,11 @@ __all__ = [
 ]
 
 Numbers = tuple[npt.NDArray[Any], ...]
+
+# Log-probabilities that exist at a time (and as many logits): 128 MiB in fp32. On a CPU a product
+# with the vocabulary's matrix is slower by a sixth where it has a quarter of these rows: the matrix
+# is laid out anew for every product (V=50,000, D=384: 486 ms of 709 rows, against 405 ms).
+_SLICE_NUMBERS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -203,9 +209,12 @@ def _taken(asked: Asked, pick: Pick) -> list[npt.NDArray[Any]]:
     states = asked.states
     device = states[0].values.device
     rows, targets = (torch.from_numpy(ids).to(device) for ids in (asked.rows, asked.targets))
-    step = slice_rows(max(each.vocabulary for each in states))
+    count = len(states[0].values)
+    most = max(1, _SLICE_NUMBERS // max(each.vocabulary for each in states))
+    # Equally many at a time: a few that are left over would cost as much as many.
+    step = math.ceil(count / math.ceil(count / most))
     parts = []
-    for start in range(0, len(states[0].values), step):
+    for start in range(0, count, step):
         log_probs = average([each.log_probs(start, start + step) for each in states])
         own = slice(*np.searchsorted(asked.rows, [start, start + step]).tolist())
         parts.append(pick.take(log_probs, rows[own] - start, targets[own]))

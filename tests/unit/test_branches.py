@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairseq_lite.generation import branch_passes, branch_plan, packed
+from fairseq_lite.generation import branch_passes, branch_plan, branches, packed
 from fairseq_lite.generation.branch_plan import Branches, Tree, collect, grow, plan, shares
 from fairseq_lite.generation.branches import (
     BranchReader,
@@ -269,6 +269,32 @@ def test_neither_batches_nor_stems_nor_the_order_move_a_score(
     for a, b in zip(found, read(models, backwards, **options)[::-1], strict=True):
         assert all(map(close, a.continuations, b.continuations[::-1]))
         assert a.greedy == b.greedy[::-1]
+
+
+@pytest.mark.parametrize("numbers", [1, 300, 10**6])
+def test_nor_do_slices_of_what_is_asked_which_are_equal(numbers, monkeypatch):
+    passes, taken, log_probs = [], branches._taken, branch_passes.States.log_probs
+
+    def counted(self, first, last):
+        found = log_probs(self, first, last)
+        passes[-1].append(len(found))
+        assert found.numel() <= max(numbers, found.size(1))
+        return found
+
+    def begun(asked, pick):
+        passes.append([])
+        return taken(asked, pick)
+
+    monkeypatch.setattr(branches, "_SLICE_NUMBERS", numbers)
+    monkeypatch.setattr(branches, "_taken", begun)
+    monkeypatch.setattr(branch_passes.States, "log_probs", counted)
+    models = [make_language_model()]
+    asked = make_requests(14)
+    found = read(models, asked, context_scores=True, max_tokens=10**6)
+    assert right(found, models, asked, context_scores=True)
+    assert (max(map(len, passes)) == 1) == (numbers == 10**6)
+    # No slice is left over that has much fewer rows than the others of its pass.
+    assert all(max(sizes) - min(sizes) < len(sizes) for sizes in passes)
 
 
 @pytest.mark.parametrize("worth", [1, 10**6])
