@@ -70,7 +70,7 @@ def site(clone: Path, tmp_path: Path) -> Path:
 def imported(site: Path, what: str = "entry points") -> str:
     """The names that a harness knows when torch has been imported; or the last line of an error."""
     places = [place for place in sys.path if place and Path(place) != REPOSITORY]
-    words = [sys.executable, "-S", "-c", CHILD, str(site), what, *places]
+    words = [sys.executable, "-E", "-S", "-c", CHILD, str(site), what, *places]
     done = subprocess.run(words, cwd=site, capture_output=True, text=True, timeout=120)
     return done.stdout.strip() if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
 
