@@ -14,6 +14,7 @@ from examples.few_shot.builtins import load_builtins
 from examples.few_shot.metrics.api import build_metric
 from examples.few_shot.metrics.classification import matthews
 from examples.few_shot.samples import FewShotSample
+from examples.few_shot.settings import plan
 from examples.few_shot.tasks.common import pair
 from examples.few_shot.tasks.nli import LABELS
 from examples.few_shot.templates.api import MASK, TEMPLATES
@@ -424,3 +425,8 @@ def test_real_pawsx(set_name, count):
     task = make_task("pawsx", shared_dir("data", "fewshot"), "de")
     templates = ["pawsx__en", "pawsx_mt", "pawsx_conditional_mt", "pawsx_generativenli_ht"]
     check_real_set(task, set_name, templates, count)
+
+
+def test_data_sets_of_several_parts_are_groups() -> None:
+    found = [each.task for each in plan("m", tasks=["mnli", "anli"], nb_few_shot_samples_values=0)]
+    assert found == ["mnlimatched", "mnlimismatched", "anlir1", "anlir2", "anlir3"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from examples.few_shot.samples import FewShotSample
-from examples.few_shot.tasks.api import TASKS, FewShotTask, Paths
+from examples.few_shot.tasks.api import GROUPS, TASKS, FewShotTask, Paths
 from examples.few_shot.tasks.common import pair
 
 LABELS = ("entailment", "contradiction", "neutral")
@@ -139,3 +139,7 @@ class GLUEDiagnostics(FewShotTask):
         kinds = {name: row[name] for name in self.categories}
         label = relation(row["Label"])
         return pair(row["Premise"], row["Hypothesis"], LABELS, label, where, **kinds)
+
+
+GROUPS["anli"] = ("anlir1", "anlir2", "anlir3")
+GROUPS["mnli"] = ("mnlimatched", "mnlimismatched")
