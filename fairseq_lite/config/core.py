@@ -178,6 +178,12 @@ class DatasetConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+        if "," in self.gen_subset:
+            first = self.gen_subset.split(",")[0]
+            raise ConfigError(
+                f"--gen-subset {self.gen_subset}: expected one split, for example --gen-subset "
+                f"{first}; run the command once for each"
+            )
         if self.num_workers < 0:
             raise ConfigError(f"--num-workers {self.num_workers}: expected 0 or more")
         if self.required_batch_size_multiple < 1 or self.required_seq_len_multiple < 1:

@@ -274,7 +274,9 @@ _ONE_PROCESS = "a terminal is read by one process; use flite-generate for severa
 
 # fairseq's flags that come with a later capability: refused until then.
 COMING: dict[str, str] = {
-    "--constraints": "constrained search comes later; use --prefix-size for a forced beginning",
+    "--constraints": (
+        "constrained search comes later; flite-generate --prefix-size forces a beginning"
+    ),
     "--load-alignments": "training on alignments comes later; leave it out",
     "--distributed-backend": _ONE_PROCESS,
     "--distributed-init-method": _ONE_PROCESS,
@@ -283,6 +285,14 @@ COMING: dict[str, str] = {
     "--distributed-port": _ONE_PROCESS,
     "--distributed-rank": _ONE_PROCESS,
     "--distributed-world-size": _ONE_PROCESS,
+}
+
+# Flags of fairseq before 0.12, which recipes still have: what became of them.
+FORMER: dict[str, str] = {
+    "--lazy-load": "data is always mapped into memory; leave it out",
+    "--min-lr": "where training stops is --stop-min-lr now",
+    "--output-format": "the format of data is --dataset-impl now",
+    "--raw-text": "plain files are --dataset-impl raw now",
 }
 
 # Of training with --ddp-backend fully_sharded.

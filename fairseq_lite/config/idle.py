@@ -106,12 +106,25 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_IN_VALIDATION - {"eval_bleu"}, ("eval_bleu",)),
 }
 
+_OF_VALIDATION = (
+    "batch_size_valid combine_valid_subsets eval_bleu fixed_validation_seed max_tokens_valid "
+    "max_valid_steps validate_after_updates validate_interval validate_interval_updates"
+)
+_OF_SAVING = (
+    "keep_best_checkpoints keep_last_epochs no_epoch_checkpoints no_last_checkpoints "
+    "no_save_optimizer_state save_interval write_checkpoints_asynchronously"
+)
+
 # Fields that no longer count when one of the others is on.
 _OVERRULED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_OF_VALIDATION.split(), ("disable_validation",)),
+    **dict.fromkeys(_OF_SAVING.split(), ("no_save",)),
+    "valid_subset": ("disable_validation", "combine_valid_subsets"),
     "lenpen": ("unnormalized",),
     "max_len_a": ("match_source_len",),
     "max_len_b": ("match_source_len",),
-    "keep_last_epochs": ("no_epoch_checkpoints",),
+    "keep_last_epochs": ("no_epoch_checkpoints", "no_save"),
+    "optimizer_overrides": ("reset_optimizer",),
     "thresholdsrc": ("srcdict",),
     "nwordssrc": ("srcdict",),
     "thresholdtgt": ("tgtdict", "joined_dictionary", "only_source"),

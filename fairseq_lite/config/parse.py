@@ -19,7 +19,14 @@ from typing import Any, Protocol, runtime_checkable
 from fairseq_lite import __version__
 from fairseq_lite.config import core, serial
 from fairseq_lite.config.commands import COMMANDS, Command, Selector
-from fairseq_lite.config.fairseq_flags import COMING, FAIRSEQ_FLAGS, IDLE, NO_EFFECT, REFUSED
+from fairseq_lite.config.fairseq_flags import (
+    COMING,
+    FAIRSEQ_FLAGS,
+    FORMER,
+    IDLE,
+    NO_EFFECT,
+    REFUSED,
+)
 from fairseq_lite.config.flags import (
     Parser,
     add_flags,
@@ -308,11 +315,15 @@ def _refuse_unknown(
     word = next((w for w in unknown if w.startswith("-")), unknown[0])
     name = word.split("=")[0]
     owners = _other_owners(chosen, registries).get(name)
+    before = f"in fairseq's older recipes: {FORMER[name]}" if name in FORMER else ""
     if owners:
         flag = owners[0].split()[0]
         yours = [c.entry.name for c in chosen if c.selector.flag == flag]
         choice = f"you chose {flag} {yours[0]}" if yours else f"you chose no {flag}"
-        raise ConfigError(f"{name} belongs to {' or '.join(owners[:3])}; {choice}")
+        also = f"; {before}" if before else ""
+        raise ConfigError(f"{name} belongs to {' or '.join(owners[:3])}; {choice}{also}")
+    if before:
+        raise ConfigError(f"{name}: {before}")
     if not name.startswith("-"):
         raise ConfigError(f"unexpected argument {name!r}; flags start with --")
     elsewhere = _commands_with(name, registries)

@@ -238,7 +238,8 @@ def test_reset_flags(saved, data):
     assert data_again.train_iterator is None and data_again.epoch == 1
 
 
-def test_finetune_only_when_there_is_no_last(saved, data, tmp_path):
+def test_finetune_only_when_there_is_no_last(saved, data, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     source = str(saved.folder / "checkpoint_best.pt")
     tuned = Training(data, tmp_path / "tuned", "--finetune-from-model", source)
     restored = tuned.load()
@@ -248,6 +249,7 @@ def test_finetune_only_when_there_is_no_last(saved, data, tmp_path):
     tuned.manager.prepare()
     tuned.manager.save(tuned.saving(1, 5))
     again = Training(data, tmp_path / "tuned", "--finetune-from-model", source).load()
+    assert f"--finetune-from-model {source} is not read" in caplog.text
     assert again.path.name == "checkpoint_last.pt" and again.num_updates == 5
 
 

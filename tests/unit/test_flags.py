@@ -9,9 +9,17 @@ import pytest
 
 from fairseq_lite.builtins import load_builtins
 from fairseq_lite.config.commands import COMMANDS
-from fairseq_lite.config.fairseq_flags import COMING, IDLE, NO_EFFECT, REFUSED
+from fairseq_lite.config.fairseq_flags import (
+    COMING,
+    FAIRSEQ_FLAGS,
+    FORMER,
+    IDLE,
+    NO_EFFECT,
+    REFUSED,
+)
 from fairseq_lite.config.flags import converter
-from fairseq_lite.config.parse import describe_flags, owned_flags
+from fairseq_lite.config.parse import describe_flags, owned_flags, parse
+from fairseq_lite.errors import ConfigError
 from tests.helpers.shared import shared_dir
 
 GOLDEN = Path(__file__).parent / "golden" / "flags.txt"
@@ -57,6 +65,27 @@ def test_every_flag_of_fairseqs_works_or_is_refused_by_name(command):
         else:
             assert flag in NO_EFFECT and flag not in owned, flag
     assert silent == []
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--raw-text", "--raw-text: in .*older recipes: .* --dataset-impl raw now"),
+        ("--lazy-load", "--lazy-load: .*leave it out"),
+        ("--min-lr 1e-9", "belongs to --lr-scheduler cosine .*you chose .*; .*--stop-min-lr now"),
+    ],
+)
+def test_flags_of_older_recipes(words, line):
+    argv = ["data", "--arch", "transformer_tiny", "--optimizer", "adam", *words.split()]
+    with pytest.raises(ConfigError, match=line):
+        parse("flite-train", argv, load_builtins())
+    assert all(flag not in FAIRSEQ_FLAGS or flag == "--min-lr" for flag in FORMER)
+
+
+@pytest.mark.parametrize("command", ["flite-generate", "flite-eval-lm"])
+def test_one_split_at_a_time(command):
+    with pytest.raises(ConfigError, match="train,valid: expected one .* --gen-subset train; run"):
+        parse(command, ["data", "--path", "m.pt", "--gen-subset", "train,valid"], load_builtins())
 
 
 def test_compatibility_page_lists_what_is_coming():

@@ -364,6 +364,10 @@ class CheckpointManager:
             return _named(path, "--restore-file", self._folder), resets
         last = self._folder / naming.with_suffix(naming.LAST, cfg.checkpoint_suffix)
         if parts.readable_files(last):
+            for name in ("continue_once", "finetune_from_model"):
+                if getattr(cfg, name) is not None:
+                    flag = f"--{name.replace('_', '-')} {getattr(cfg, name)}"
+                    logger.info("%s is there: it goes on, and %s is not read", last, flag)
             return last, resets
         if cfg.continue_once is not None:
             return _named(cfg.continue_once, "--continue-once"), resets
