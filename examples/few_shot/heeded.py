@@ -26,7 +26,7 @@ _KINDS: Mapping[str, tuple[frozenset[str], str]] = {
     "truncate_few_shot_samples_globally": _ASKS,
 }
 
-# What a predictor that asks no model has no use for, besides templates and their options.
+# What a predictor that reads no prompts has no use for, besides templates and their options.
 _OF_MODELS = (
     *_KINDS, "calibrator_name", "replace_newline_with_eos", "max_positions", "bf16", "fp16",
     "moe_eval_capacity_token_fraction", "num_training_updates", "batch_size", "max_tokens",
@@ -51,7 +51,7 @@ def remarks(planned: Sequence[PlannedEvaluation], said: Mapping[str, Any]) -> li
     """
     options = planned[0].options
     given = {name for name in _OF_MODELS if _is_given(name, said.get(name))}
-    if not predictor_type(options.predictor_name).needs_model:
+    if not predictor_type(options.predictor_name).reads_prompts:
         return list(_of_baseline(planned, said, given))
     return list(_of_kinds(planned, said, given))
 
@@ -84,7 +84,7 @@ def _of_baseline(
         shown = _shown(name, said)
         if name not in _HARMLESS:
             raise ConfigError(f"{shown}: --predictor-name {baseline} reads no prompt; leave it out")
-        yield f"{shown}: does nothing, --predictor-name {baseline} asks no model"
+        yield f"{shown}: does nothing, --predictor-name {baseline} reads no prompt"
 
 
 def _of_templates(planned: Sequence[PlannedEvaluation], said: Mapping[str, Any]) -> Iterator[str]:
@@ -100,7 +100,7 @@ def _shown(name: str, said: Mapping[str, Any]) -> str:
     value = said[name]
     flag = "--" + name.replace("_", "-")
     words = () if value is True else value if isinstance(value, (list, tuple)) else (value,)
-    return " ".join([flag, *map(str, words)])
+    return " ".join([flag, *map(str, words)]).replace("\n", r"\n")
 
 
 def _listed(names: Sequence[str], most: int = 4) -> str:

@@ -10,9 +10,11 @@ import pytest
 
 from examples.few_shot import gpt3_eval
 from examples.few_shot.heeded import remarks
+from examples.few_shot.predictors.api import PREDICTORS, Prediction, Predictor, Trial
 from examples.few_shot.settings import plan
 from fairseq_lite.errors import ConfigError
 from tests.helpers.few_shot_tasks import write_jsonl
+from tests.helpers.registered import registered
 
 
 def said(model: str = "m", **given: Any) -> list[str]:
@@ -76,6 +78,7 @@ def test_what_is_heeded_or_not_said_is_no_remark() -> None:
         ({"capitalization": "upper"}, "--capitalization upper"),
         ({"scoring": "mean"}, "--scoring mean"),
         ({"train_sep": "\\n"}, r"--train-sep \\n"),
+        ({"train_sep": "\n"}, r"--train-sep \\n"),
         ({"calibrator_name": "average_option", "copa_calibration_options": ["premise::"]},
          "--calibrator-name average_option"),
         ({"max_positions": 100}, "--max-positions 100"),
@@ -91,12 +94,23 @@ def test_a_baseline_reads_no_prompt(baseline: str, given: dict[str, Any], shown:
 def test_what_changes_no_number_of_a_baseline_is_a_remark() -> None:
     given = {"max_tokens": 2048, "add_prompt_to_meta": True, "n_eval_samples": 5, "cpu": True}
     assert said("random", **given) == [
-        "--add-prompt-to-meta: does nothing, --predictor-name random asks no model",
-        "--max-tokens 2048: does nothing, --predictor-name random asks no model",
+        "--add-prompt-to-meta: does nothing, --predictor-name random reads no prompt",
+        "--max-tokens 2048: does nothing, --predictor-name random reads no prompt",
     ]
     assert (
         said("majority", copa_eval_set="val", copa_valid_set="train", confusion_matrix=True) == []
     )
+
+
+def test_a_predictor_of_a_plugin_reads_prompts_unless_it_says_that_it_does_not() -> None:
+    class Asked(Predictor):
+        needs_model = False
+
+        def predict(self, trial: Trial) -> list[Prediction]:
+            raise AssertionError
+
+    with registered((PREDICTORS, "asked_elsewhere", Asked)):
+        assert said(predictor_name="asked_elsewhere", scoring="mean", copa_template="copa") == []
 
 
 def test_the_command_says_so_before_it_begins(

@@ -116,7 +116,8 @@ class Predictor(ABC):
     """Answers questions.
 
     Attributes:
-        needs_model: whether it asks a model.
+        needs_model: whether it asks a model that is loaded here.
+        reads_prompts: whether templates and what makes scores matter to it.
 
     Args:
         model: what it asks; None where it needs none.
@@ -124,6 +125,7 @@ class Predictor(ABC):
     """
 
     needs_model = True
+    reads_prompts = True
 
     def __init__(self, model: Model | None, options: PredictorOptions) -> None:
         self.model = model

@@ -29,6 +29,7 @@ class RandomPredictor(Predictor):
     """Draws a score for every candidate: the same for the same seed, trial and question."""
 
     needs_model = False
+    reads_prompts = False
 
     def predict(self, trial: Trial) -> list[Prediction]:
         _need_candidates(trial, "random")
@@ -52,6 +53,7 @@ class MajorityPredictor(Predictor):
     """
 
     needs_model = False
+    reads_prompts = False
 
     def predict(self, trial: Trial) -> list[Prediction]:
         _need_candidates(trial, "majorityclass")
