@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import platform
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-import fairseq_lite
 from examples.few_shot import results, sampling
 from examples.few_shot.confusion import confusion_lines
 from examples.few_shot.files import data_root
@@ -38,6 +36,7 @@ from examples.few_shot.stale import data_digests, data_files
 from examples.few_shot.statistics import over_trials
 from examples.few_shot.tasks.api import FewShotTask, build_task, task_type
 from examples.few_shot.templates.api import FewShotTemplate, build_template
+from examples.few_shot.versions import of_packages, versions
 from fairseq_lite.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -188,13 +187,41 @@ class Evaluation:
     def run(self) -> dict[str, Any]:
         """Evaluate, and write what comes out; trials that are there already are read."""
         began = time.time()
-        trials = []
-        for trial, (seed, path) in enumerate(
-            zip(self.planned.seeds, self.planned.prediction_files, strict=True)
-        ):
-            rows, seconds = self._rows(trial, seed, path)
-            predictions = results.predictions_of(rows, [q.sample for q in self.questions], path)
-            trials.append((predictions, seconds))
+        return self._finished([self._trial(number) for number in self._trials], began)
+
+    def run_trial(self, number: int) -> dict[str, Any] | None:
+        """Make one trial, and the results if it was the last that was missing.
+
+        Where the trials of an evaluation are made at the same time, several may find themselves the
+        last: they write the same.
+
+        Args:
+            number: of the trial.
+
+        Returns:
+            The results; None where other trials are not there yet.
+        """
+        began = time.time()
+        made = {number: self._trial(number)}
+        if self.is_main:
+            self.planned.prediction_files[number].touch()  # it has been looked at, if it was there
+        for other in self._trials:
+            if other not in made:
+                path = self.planned.prediction_files[other]
+                rows = self._agree(self._there(path, self._drawn(self._shots(other))))
+                if rows is None:
+                    return None
+                made[other] = self._read(rows, path), math.nan
+        return self._finished([made[each] for each in self._trials], began)
+
+    @property
+    def _trials(self) -> range:
+        return range(len(self.planned.seeds))
+
+    def _finished(
+        self, trials: Sequence[tuple[Sequence[Prediction], float]], began: float
+    ) -> dict[str, Any]:
+        """The results of all trials, which are written."""
         found = self.results(trials, began)
         if self.is_main:
             results.write_results(self.planned.results_file, found)
@@ -212,19 +239,39 @@ class Evaluation:
         old = results.read_results(self.planned.results_file)
         trials = []
         for path in self.planned.prediction_files:
-            rows = results.read_rows(path)
-            predictions = results.predictions_of(rows, [q.sample for q in self.questions], path)
-            trials.append((predictions, math.nan))
+            trials.append((self._read(results.read_rows(path), path), math.nan))
         kept = {name: old.get(name) for name in ("times", "model", "versions")}
+        kept["versions"] = (kept["versions"] or {}) | of_packages(self._packages_of_metrics)
         found = self.results(trials, 0.0) | kept
         if self.is_main:
             results.write_results(self.planned.results_file, found)
         return found
 
-    def _rows(self, trial: int, seed: int, path: Path) -> tuple[list[dict[str, Any]], float]:
-        """The predictions of a trial as they are written, and the seconds they took."""
-        run = self._run_name()
-        shots = sampling.draw(
+    def _read(self, rows: Sequence[Mapping[str, Any]], path: Path) -> list[Prediction]:
+        return results.predictions_of(rows, [q.sample for q in self.questions], path)
+
+    def _trial(self, number: int) -> tuple[list[Prediction], float]:
+        """The predictions of a trial, which are written, and the seconds they took."""
+        path = self.planned.prediction_files[number]
+        shots = self._shots(number)
+        drawn = self._drawn(shots)
+        anew = self.planned.options.override_completed
+        found = None if anew else self._agree(self._there(path, drawn))
+        if found is not None:
+            logger.info("%s: is there", path.name)
+            return self._read(found, path), math.nan
+        start = time.perf_counter()
+        predictions = self._predict(number, self.planned.seeds[number], shots)
+        rows = results.prediction_rows(
+            predictions, [question.number for question in self.questions], drawn, self._run_name()
+        )
+        seconds = time.perf_counter() - start
+        if self.is_main:
+            results.write_predictions(path, rows)
+        return self._read(rows, path), seconds
+
+    def _shots(self, trial: int) -> sampling.Shots:
+        return sampling.draw(
             self.pool,
             self.planned.k,
             seed=self.planned.options.seed,
@@ -235,23 +282,13 @@ class Evaluation:
             keep_order=self.planned.options.no_shuffle_examples,
             translated=self._translated,
         )
-        drawn = [
+
+    def _drawn(self, shots: sampling.Shots) -> list[list[str]]:
+        """Of each question the identities of its shots."""
+        return [
             [shot.identity for shot in shots.of(question.parent)] if self.planned.k else []
             for question in self.questions
         ]
-        found = self._agree(self._there(path, run, drawn))
-        if found is not None:
-            logger.info("%s: is there", path.name)
-            return found, math.nan
-        start = time.perf_counter()
-        predictions = self._predict(trial, seed, shots)
-        rows = results.prediction_rows(
-            predictions, [question.number for question in self.questions], drawn, run
-        )
-        seconds = time.perf_counter() - start
-        if self.is_main:
-            results.write_predictions(path, rows)
-        return rows, seconds
 
     @functools.cached_property
     def _translated(self) -> Mapping[str, frozenset[int]]:
@@ -261,17 +298,16 @@ class Evaluation:
             return {}
         return sampling.translations(self.samples, self.pool)
 
-    def _there(
-        self, path: Path, run: str, drawn: Sequence[Sequence[str]]
-    ) -> list[dict[str, Any]] | None:
-        """Predictions that an earlier run has left, if they are those this one would make."""
-        if self.planned.options.override_completed or not path.exists():
+    def _there(self, path: Path, drawn: Sequence[Sequence[str]]) -> list[dict[str, Any]] | None:
+        """Predictions that another run has left, if they are those this one would make."""
+        if not path.exists():
             return None
         try:
             rows = results.read_rows(path)
         except DataError as e:
             logger.warning("%s; predicted again", e)
             return None
+        run = self._run_name()
         wanted = [
             (run, question.sample.identity, its)
             for question, its in zip(self.questions, drawn, strict=True)
@@ -383,12 +419,22 @@ class Evaluation:
             "settings": dict(planned.settings),
             "settings_hash": planned.settings_hash,
             "model": {} if self.model is None else self.model.identity(),
-            "versions": versions(self.model is not None),
+            "versions": versions(self._packages),
             "times": {
                 "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
                 "execution_time": over_trials([seconds for _, seconds in trials]),
             },
         }
+
+    @property
+    def _packages_of_metrics(self) -> set[str]:
+        return {name for metric in self.metrics for name in metric.packages}
+
+    @property
+    def _packages(self) -> set[str]:
+        """Those that numbers depend on."""
+        of_model = () if self.model is None else ("torch", *self.model.packages())
+        return self._packages_of_metrics | set(of_model)
 
     @staticmethod
     def _preferred(metric: Metric, columns: Mapping[str, Any]) -> str:
@@ -414,14 +460,4 @@ def measured(metrics: Sequence[Metric], predictions: Sequence[Prediction]) -> di
             if name in found:
                 raise ConfigError(f"metric {metric.name}: {name} is another metric's number, too")
             found[name] = value
-    return found
-
-
-def versions(with_torch: bool) -> dict[str, str]:
-    """Versions that numbers may depend on."""
-    found = {"fairseq_lite": fairseq_lite.__version__, "python": platform.python_version()}
-    if with_torch:
-        import torch
-
-        found["torch"] = torch.__version__
     return found

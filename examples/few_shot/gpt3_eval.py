@@ -238,7 +238,7 @@ def _without_model(work: _Work, options: EvaluationOptions) -> None:
     for each in planned:
         evaluation = Evaluation(each, None, tasks=tasks)
         again = options.recalc_metrics_from_predictions
-        _report(each, evaluation.recalculated() if again else evaluation.run())
+        _report(each, evaluation.recalculated() if again else _run_one(evaluation))
 
 
 def _with_model(work: _Work, world: Any) -> None:
@@ -258,21 +258,30 @@ def _with_model(work: _Work, world: Any) -> None:
     model = load_model(work.model_name, planned[0].options, world)
     tasks = Tasks()
     for each in planned:
-        found = Evaluation(each, model, is_main=world.is_main, tasks=tasks).run()
+        found = _run_one(Evaluation(each, model, is_main=world.is_main, tasks=tasks))
         if world.is_main:
             _report(each, found)
 
 
-def _report(planned: PlannedEvaluation, found: dict[str, Any]) -> None:
-    name = found["preferred_metric"]
-    value = found[name]
-    spread = f" ± {value['std']:.2f}" if len(value["scores"]) > 1 else ""
+def _run_one(evaluation: Any) -> dict[str, Any] | None:
+    """Carry out an evaluation, or its only trial; None where there are no results yet."""
+    trial = evaluation.planned.trial
+    return evaluation.run() if trial is None else evaluation.run_trial(trial)
+
+
+def _report(planned: PlannedEvaluation, found: dict[str, Any] | None) -> None:
     language = f" {planned.language}" if planned.language else ""
-    print(
-        f"{planned.model} | {planned.task}{language} {planned.template} {planned.eval_set}"
-        f" | k={planned.k} | {name} {value['mean']:.2f}{spread} | {planned.results_file}",
-        flush=True,
-    )
+    what = f"{planned.task}{language} {planned.template} {planned.eval_set} | k={planned.k}"
+    if found is None:
+        said = "other trials are not there yet"
+    else:
+        name = found["preferred_metric"]
+        value = found[name]
+        spread = f" ± {value['std']:.2f}" if len(value["scores"]) > 1 else ""
+        said = f"{name} {value['mean']:.2f}{spread}"
+    if planned.trial is not None:
+        said = f"seed {planned.seeds[planned.trial]} | {said}"
+    print(f"{planned.model} | {what} | {said} | {planned.results_file}", flush=True)
 
 
 def set_up_logging() -> None:

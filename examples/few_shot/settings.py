@@ -57,6 +57,8 @@ class PlannedEvaluation:
         prefix: how its files begin.
         results_file: its results.
         prediction_files: its predictions, one a trial.
+        trial: the number of the only trial that is to be made; None for all, and the results. The
+            results are written by whoever makes the last one.
     """
 
     model: str
@@ -78,6 +80,18 @@ class PlannedEvaluation:
     prefix: str
     results_file: Path
     prediction_files: tuple[Path, ...]
+    trial: int | None = None
+
+    @property
+    def product(self) -> Path:
+        """The file that is there when it has been made."""
+        return self.results_file if self.trial is None else self.prediction_files[self.trial]
+
+    def by_trial(self) -> list[PlannedEvaluation]:
+        """One for each trial; itself, where there is no more than one."""
+        if len(self.seeds) == 1:
+            return [self]
+        return [dataclasses.replace(self, trial=number) for number in range(len(self.seeds))]
 
     @property
     def settings_hash(self) -> str:

@@ -92,6 +92,13 @@ if "KILLED_RANK" in os.environ:
 
     DummyModel.score = score
 
+@PREDICTORS.register("second")
+class Second(RandomPredictor):
+    def predict(self, trial):
+        if trial.trial == 1 and not os.path.exists(os.environ["GATE"]):
+            raise ValueError("the second")
+        return super().predict(trial)
+
 @PREDICTORS.register("dying")
 class Dying(RandomPredictor):
     def predict(self, trial):
@@ -282,6 +289,67 @@ def test_jobs_side_by_side_find_what_one_after_another_do(
         assert "random | copa" not in said
         log = Path(infos[0]["stdout"]).read_text()
         assert "random | copa copa val | k=0" in log
+
+
+def without_times(folder: Path) -> dict[str, bytes]:
+    """Everything that evaluations have written."""
+    made = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.glob("*/*_predictions.jsonl")
+    }
+    return {**files(folder), **made}
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_trials_apart_come_to_what_they_come_to_together(
+    jobs: int, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    model = ModelSettings("dummy", {}, {"predictor_name": "dummy"}, gpus_per_node=0)
+    words = ["-t", "copa", "-m", "one", "--nshot", "0", "2", "--num-trials", "3", "--cpu",
+             "--data-dir", data, "--local"]  # fmt: skip
+    schedule(*words, "-o", tmp_path / "whole", one=model)
+    apart = [*words, "-o", tmp_path / "apart", "--split-few-shot-trials", "-j", jobs]
+    capfd.readouterr()
+    infos = schedule(*apart, one=model)
+    said = capfd.readouterr().out
+    assert "4 job(s), 2 evaluation(s); to do here: 4 job(s), 2 evaluation(s)" in said
+    assert [info["state"] for info in infos] == ["completed"] * 4
+    assert without_times(tmp_path / "whole") == without_times(tmp_path / "apart")
+    assert re.search(r"\[4/4\] done      copa.one.seed\d \| .* s \| 1 trial\(s\) \| accuracy", said)
+    if jobs == 1:
+        assert said.count("1 trial(s) | other trials are not there yet") == 2
+        assert "dummy | copa copa val | k=2 | seed 0 | other trials are not there yet" in said
+    assert all(info["current_status"] == "skip" for info in schedule(*apart, one=model))
+    # A trial that is missing is made, and those that are there are not made again.
+    results, *_ = sorted((tmp_path / "apart").glob("*/*fs2*_results.json"))
+    first, second, third = sorted((tmp_path / "apart").glob("*/*fs2*_predictions.jsonl"))
+    results.unlink()
+    second.unlink()
+    third.write_text(third.read_text()[:-20])
+    kept = first.stat().st_ino
+    infos = schedule(*apart, one=model)
+    assert [info["to_do"] for info in infos] == [0, 1, 1, 1]
+    assert without_times(tmp_path / "whole") == without_times(tmp_path / "apart")
+    assert first.stat().st_ino == kept
+    # All of them anew.
+    schedule(*apart, "--override-completed", one=model)
+    assert first.stat().st_ino != kept
+    assert without_times(tmp_path / "whole") == without_times(tmp_path / "apart")
+
+
+def test_one_trials_failure_stops_no_other(data: Path, plugin: Path, tmp_path: Path):
+    words = ["--local", "--split-few-shot-trials", "--num-trials", "2"]
+    script = start(tmp_path, data, plugin, "second", *words)
+    said = ended(script, tmp_path)
+    assert script.returncode == 1
+    assert re.search(r"done      copa.some_model.seed0 .* other trials are not there yet", said)
+    assert re.search(r"failed    copa.some_model.seed1 .* ValueError: the second", said)
+    assert len(stamps(tmp_path)) == 1 and list(tmp_path.rglob("*.submitted")) == []
+    (tmp_path / "gate").touch()
+    again = start(tmp_path, data, plugin, "second", *words)
+    assert "2 trial(s)" not in ended(again, tmp_path) and again.returncode == 0
+    (path,) = tmp_path.glob("*/*fs2*_results.json")
+    assert len(json.loads(path.read_text())["accuracy"]["scores"]) == 2
 
 
 def test_combined_tasks_share_a_model_and_one_missing_file_stops_no_other(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -268,7 +269,10 @@ def test_a_default_that_cannot_be_is_refused(dest: str, value: Any, said: str):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--split-few-shot-trials"], "--split-few-shot-experiments makes a job"),
+        (
+            ["--split-few-shot-trials", "--recalc-metrics-from-predictions", "--local"],
+            "reads all trials of an evaluation: leave out --split-few-shot-trials",
+        ),
         (["--recalc-metrics-from-predictions"], "add --local"),
         (["--recalc-metrics-from-predictions", "--local", "--override-completed"], "leave one out"),
         (["-j", "2"], "on Slurm it is --slurm-array-parallelism 2"),
@@ -411,6 +415,28 @@ def test_split_jobs_share_the_folder_and_the_results_of_the_whole():
         assert [job.name for job in jobs] == names
         parts = [file for job in jobs for file in _names(job.evaluations)]
         assert sorted(parts) == sorted(_names(whole.evaluations))
+
+
+def test_trials_are_jobs_of_their_own_that_share_the_evaluation_of_the_whole():
+    values = {"nb_few_shot_samples_values": [0, 2], "num_trials": 3, "seed": 7}
+    tasks = {"t": TaskSettings("x", ["copa"], values)}
+    (whole,) = _plan(tasks).jobs
+    none, two = whole.evaluations
+    jobs = _plan(tasks, split=Split(trials=True)).jobs
+    assert [job.name for job in jobs] == ["t.m", "t.m.seed7", "t.m.seed8", "t.m.seed9"]
+    # Without shots there is one trial.
+    assert jobs[0].evaluations == (none,)
+    for number, job in enumerate(jobs[1:]):
+        (one,) = job.evaluations
+        assert one == dataclasses.replace(two, trial=number)
+        assert one.product == two.prediction_files[number]
+        assert (one.results_file, one.settings) == (two.results_file, two.settings)
+    names = [job.name for job in _plan(tasks, split=Split(True, False, True)).jobs]
+    assert names == ["t.m.fs0", "t.m.fs2.seed7", "t.m.fs2.seed8", "t.m.fs2.seed9"]
+    # What is made already by an earlier job's trial is not made twice.
+    same = _plan({**tasks, "again": TaskSettings("x", ["copa"], values)}, split=Split(trials=True))
+    assert [len(job.evaluations) for job in same.jobs] == [1] * 4 + [0] * 4
+    assert [len(job.elsewhere) for job in same.jobs] == [0] * 4 + [1] * 4
 
 
 def test_tasks_can_be_combined_in_one_job():

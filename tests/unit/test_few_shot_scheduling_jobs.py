@@ -91,6 +91,30 @@ def test_override_does_again_and_recalculation_only_what_is_complete(tmp_path: P
     assert look([job], recalculate=True)[0].todo == (none,)
 
 
+def test_a_trial_and_the_whole_are_not_made_at_the_same_time(tmp_path: Path):
+    job = _job(tmp_path, num_trials=2)
+    none, two = job.evaluations
+    one, other = two.by_trial()
+    assert none.by_trial() == [none] and (one.trial, other.trial) == (0, 1)
+
+    def busy(of: PlannedEvaluation, with_override: bool = False) -> bool:
+        (status,) = look([dataclasses.replace(job, evaluations=(of,))], override=with_override)
+        assert bool(status.todo) != bool(status.submitted)
+        return bool(status.submitted)
+
+    theirs = Submission.of_process("other", os.getppid())
+    assert submissions.claim(one, theirs)
+    assert busy(one) and busy(two) and busy(two, True) and not busy(other)
+    submissions.release([one])
+    assert submissions.claim(two, theirs)
+    assert busy(one) and busy(other) and busy(two)
+    submissions.release([two])
+    assert not any(map(busy, (one, other, two)))
+    # Complete results are those of every trial.
+    _finish(two)
+    assert look([dataclasses.replace(job, evaluations=(one, other))])[0].completed == (one, other)
+
+
 # -- who works on an evaluation
 
 
@@ -413,6 +437,11 @@ def test_an_order_means_the_evaluations_it_was_made_for(tmp_path: Path):
     assert (found.results_file, found.settings) == (two.results_file, two.settings)
     assert found.options.distributed_world_size == 4
     assert order_of(job, [none, two]).without([none]).only == (str(two.results_file),)
+    first, second = two.by_trial()[:2]
+    order = order_of(job, [none, first, second])
+    assert order.only == tuple(str(each.product) for each in (none, first, second))
+    assert [each.trial for each in order.planned()] == [None, 0, 1]
+    assert order.without([none, first]).only == (str(second.product),)
     own = _job(tmp_path, distributed_world_size=2)
     assert order_of(own, [two], world_size=4).planned()[0].options.distributed_world_size == 2
 

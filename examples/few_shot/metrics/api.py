@@ -14,6 +14,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from examples.few_shot.predictors.api import Prediction
 from fairseq_lite.registry import Registry
@@ -26,9 +27,11 @@ class Metric(ABC):
 
     Attributes:
         name: as registered; that of its number, where it gives one.
+        packages: those that compute it, whose versions go into results.
     """
 
     name: str = ""
+    packages: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def score(self, predictions: Sequence[Prediction]) -> Mapping[str, float]:

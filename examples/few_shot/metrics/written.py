@@ -37,6 +37,8 @@ class ExactMatch(Metric):
 class BLEU(Metric):
     """BLEU of the whole set by sacrebleu (Post 2018), against one reference, tokenised as 13a."""
 
+    packages = ("sacrebleu",)
+
     def score(self, predictions: Sequence[Prediction]) -> Mapping[str, float]:
         from fairseq_lite.scoring.standard import SacrebleuConfig, make_bleu
 

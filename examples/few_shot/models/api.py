@@ -146,6 +146,10 @@ class Model(ABC):
     def identity(self) -> dict[str, Any]:
         """What tells this model from others: plain values for results files (hash, size, …)."""
 
+    def packages(self) -> tuple[str, ...]:
+        """Packages whose versions its answers may depend on, besides torch."""
+        return ()
+
     def agree(self, value: Any) -> Any:
         """The first process's value, in every process that shares the model."""
         return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from examples.few_shot.models.api import (
@@ -20,6 +20,13 @@ from fairseq_lite.errors import ConfigError
 from fairseq_lite.parallel.world import SingleWorld, World
 
 R = TypeVar("R")
+
+# What splits texts -> the package that does it.
+_PACKAGES = {
+    "sentencepiece": "sentencepiece", "byte_bpe": "sentencepiece", "subword_nmt": "subword-nmt",
+    "fastbpe": "fastBPE", "gpt2": "tokenizers", "hf_byte_bpe": "tokenizers", "bert": "tokenizers",
+    "hf_tokenizer": "tokenizers", "moses": "sacremoses", "nltk": "nltk",
+}  # fmt: skip
 
 
 class FliteModel(Model):
@@ -150,8 +157,16 @@ class FliteModel(Model):
     def identity(self) -> dict[str, Any]:
         return self._identity
 
+    def packages(self) -> tuple[str, ...]:
+        return packages_of(self.lm.segmentation)
+
     def agree(self, value: Any) -> Any:
         return self.world.broadcast_object(value)
+
+
+def packages_of(names: Iterable[str]) -> tuple[str, ...]:
+    """The packages behind tokenizers and subword models, where there are any."""
+    return tuple(_PACKAGES[name] for name in names if name in _PACKAGES)
 
 
 def _from(done: int, progress: Progress) -> Progress:

@@ -121,6 +121,7 @@ class HuggingFaceModel(Model):
         world: the processes that share the work; each has the whole model.
         limits: how much is read at a time.
         identity: what tells it from others.
+        packages: those that made it.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class HuggingFaceModel(Model):
         world: World | None = None,
         limits: Limits | None = None,
         identity: dict[str, Any] | None = None,
+        packages: tuple[str, ...] = ("tokenizers", "transformers"),
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -141,6 +143,7 @@ class HuggingFaceModel(Model):
         self.max_tokens = _longest(model, tokenizer)
         self._start = _start_ids(tokenizer)
         self._identity = {"kind": "huggingface", **(identity or {})}
+        self._packages = packages
 
     @classmethod
     def load(
@@ -188,7 +191,10 @@ class HuggingFaceModel(Model):
         )
         identity = world.broadcast_object(identity_of(source.files) if world.is_main else None)
         model = torch.nn.Module.to(model, world.device).eval()
-        return cls(model, tokenizer, world=world, limits=limits, identity=identity)
+        packages = ("tokenizers", "transformers", *(["gguf"] if source.gguf else []))
+        return cls(
+            model, tokenizer, world=world, limits=limits, identity=identity, packages=packages
+        )
 
     # -- tokens -----------------------------------------------------------------------------------
 

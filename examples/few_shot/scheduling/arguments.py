@@ -140,7 +140,7 @@ def _add_jobs(parser: argparse.ArgumentParser) -> None:
         help="a job for each number of shots")  # fmt: skip
     add("--split-jobs-by-eval-lang", action="store_true", help="a job for each language")
     add("--split-few-shot-trials", action="store_true",
-        help="not built: trials of an evaluation share one file of results")  # fmt: skip
+        help="a job for each trial; the last one writes the results of all")  # fmt: skip
 
 
 def _add_slurm(parser: argparse.ArgumentParser) -> None:
@@ -221,17 +221,17 @@ def checked(args: argparse.Namespace) -> None:
     ):
         if not value:
             raise ConfigError(f"{flag} is needed: {flag} {what}")
-    if args.split_few_shot_trials:
-        raise ConfigError(
-            "--split-few-shot-trials: the trials of an evaluation share one file of results; "
-            "--split-few-shot-experiments makes a job for each number of shots"
-        )
     if args.recalc_metrics_from_predictions and not args.local:
         raise ConfigError("--recalc-metrics-from-predictions needs no cluster: add --local")
     if args.recalc_metrics_from_predictions and args.override_completed:
         raise ConfigError(
             "--recalc-metrics-from-predictions keeps predictions and --override-completed makes "
             "them anew: leave one out"
+        )
+    if args.recalc_metrics_from_predictions and args.split_few_shot_trials:
+        raise ConfigError(
+            "--recalc-metrics-from-predictions reads all trials of an evaluation: leave out "
+            "--split-few-shot-trials"
         )
     if args.jobs is not None and not args.local:
         raise ConfigError(

@@ -69,7 +69,8 @@ class Job:
         model_key: the key of its model setting.
         model: the model setting.
         calls: what is evaluated and how; several where task settings are combined.
-        evaluations: those it carries out: a part of what its calls mean where jobs are split.
+        evaluations: those it carries out: a part of what its calls mean where jobs are split; of
+            each one trial, where that is.
         elsewhere: those of its calls that an earlier job carries out: settings with the same
             prefix share results.
     """
@@ -129,10 +130,12 @@ class Split:
     Attributes:
         shots: each number of shots.
         languages: each language.
+        trials: each trial.
     """
 
     shots: bool = False
     languages: bool = False
+    trials: bool = False
 
 
 def plan_jobs(
@@ -178,9 +181,9 @@ def plan_jobs(
             calls[task_key] = (call, planned)
         for keys in [list(calls)] if model.combine_tasks else [[key] for key in calls]:
             for job in _split(model_key, model, [calls[key] for key in keys], split):
-                mine = tuple(e for e in job.evaluations if e.results_file not in taken)
-                rest = tuple(e for e in job.evaluations if e.results_file in taken)
-                taken.update(each.results_file for each in mine)
+                mine = tuple(e for e in job.evaluations if e.product not in taken)
+                rest = tuple(e for e in job.evaluations if e.product in taken)
+                taken.update(each.product for each in mine)
                 jobs.append(dataclasses.replace(job, evaluations=mine, elsewhere=rest))
     return Plan(tuple(jobs), tuple(remarks))
 
@@ -268,11 +271,12 @@ def _split(
     """The calls as one job, or as several that share its folders."""
     own = calls[0][0].task_key if len(calls) == 1 else f"{len(calls)}_tasks"
     parts: dict[str, list[PlannedEvaluation]] = {}
-    for _, planned in calls:
-        for each in planned:
-            part = [f"fs{each.k}"] if split.shots else []
-            part += [each.language] if split.languages and each.language is not None else []
-            parts.setdefault(".".join([own, model_key, *part]), []).append(each)
+    whole = [each for _, planned in calls for each in planned]
+    for each in [one for e in whole for one in e.by_trial()] if split.trials else whole:
+        part = [f"fs{each.k}"] if split.shots else []
+        part += [each.language] if split.languages and each.language is not None else []
+        part += [] if each.trial is None else [f"seed{each.seeds[each.trial]}"]
+        parts.setdefault(".".join([own, model_key, *part]), []).append(each)
     return [
         Job(
             name,

@@ -9,12 +9,12 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from examples.few_shot import results
+from examples.few_shot import results, stale
 from examples.few_shot.options import default_options
 from examples.few_shot.scheduling import slurm, submissions
 from examples.few_shot.scheduling.arguments import (
@@ -103,7 +103,9 @@ def schedule_experiment_jobs(
         checked_args(custom_base_run_args),
         checked_args(custom_override_run_args),
     )
-    split = Split(args.split_few_shot_experiments, args.split_jobs_by_eval_lang)
+    split = Split(
+        args.split_few_shot_experiments, args.split_jobs_by_eval_lang, args.split_few_shot_trials
+    )
     plan = plan_jobs(models, tasks, levels, output, split)
     for remark in (*plan.remarks, *_slurm_remarks(args, models)):
         print(remark)
@@ -251,11 +253,10 @@ class _Run:
     def announce(self) -> None:
         """Print what will be done, and what not."""
         todo = [status.todo for status in self.statuses if status.todo]
-        evaluations = sum(len(each) for each in todo)
         place = "here" if self.args.local else f"on {self.args.slurm_executor}"
         print(
-            f"{len(self.jobs)} job(s), {sum(len(job.evaluations) for job in self.jobs)} "
-            f"evaluation(s); to do {place}: {len(todo)} job(s), {evaluations} evaluation(s)"
+            f"{len(self.jobs)} job(s), {_evaluations(job.evaluations for job in self.jobs)}; "
+            f"to do {place}: {len(todo)} job(s), {_evaluations(todo)}"
         )
         for job, status in zip(self.jobs, self.statuses, strict=True):
             if not status.todo:
@@ -272,7 +273,7 @@ class _Run:
             folders = ", ".join(folder.name for folder in job.folders)
             done = len(status.completed) if not self.override and not self.recalculate else 0
             part = f", {done} are done" if done else ""
-            print(f"dry run   {job.name} | {len(status.todo)} evaluation(s){part} | {folders}")
+            print(f"dry run   {job.name} | {_counted(status.todo)}{part} | {folders}")
         return []
 
     def _todo(self) -> Iterator[tuple[Job, Status]]:
@@ -384,22 +385,25 @@ class _Run:
         log: Path | None = None,
     ) -> None:
         """Record and say how a job ended."""
-        lacking = sum(not results.is_complete(each) for each in planned)
+        made = [(each, _is_made(each)) for each in planned]
+        done = [each for each, is_made in made if is_made]
+        lacking = [each for each, is_made in made if not is_made]
         if lacking and not errors:
-            errors = [f"{lacking} evaluation(s) without results"]
+            errors = [f"{_counted(lacking)} without results"]
         info["seconds"] = round(seconds, 2)
         info["state"] = FAILED if errors else DONE
         info["error"] = "; ".join(errors) or None
         info["stdout"] = None if log is None else str(log)
         self._log(info)
-        done = [each for each in planned if results.is_complete(each)]
         where = f" | {log}" if log is not None else ""
         if errors:
             more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-            part = f"{len(done)} of {len(planned)} evaluation(s) | " if len(planned) > 1 else ""
+            part = f"{len(done)} of {_counted(planned)} | " if len(planned) > 1 else ""
             self._say("failed", info, f"{part}{errors[0]}{more}{where}")
         else:
-            self._say("done", info, f"{len(done)} evaluation(s) | {shown_metrics(done)}")
+            whole = [each for each in done if each.trial is None or stale.is_done(each)]
+            rest = shown_metrics(whole) if whole else "other trials are not there yet"
+            self._say("done", info, f"{_counted(done)} | {rest}")
 
     # -- on Slurm
 
@@ -450,8 +454,8 @@ class _Run:
                 )
             else:
                 self._log(info)
-                count = len(mine[job.name])
-                self._say("submitted", info, f"{count} evaluation(s) | job {one.job_id}")
+                what = _counted(mine[job.name])
+                self._say("submitted", info, f"{what} | job {one.job_id}")
         return [job for job, _ in chosen]
 
     # -- what is written
@@ -477,17 +481,37 @@ class _Run:
             raise DataError(f"{path}: cannot be written: {e.strerror}") from None
 
 
+def _counted(planned: Sequence[PlannedEvaluation]) -> str:
+    """How many there are, of what."""
+    trials = any(each.trial is not None for each in planned)
+    return f"{len(planned)} {'trial' if trials else 'evaluation'}(s)"
+
+
+def _evaluations(jobs: Iterable[Sequence[PlannedEvaluation]]) -> str:
+    """How many evaluations jobs are about, of which several may make trials of one."""
+    return f"{len({each.results_file for job in jobs for each in job})} evaluation(s)"
+
+
+def _is_made(planned: PlannedEvaluation) -> bool:
+    if planned.trial is not None and planned.product.exists():
+        return True
+    return results.is_complete(planned)
+
+
 def _why_nothing(job: Job, status: Status, recalculate: bool) -> str:
     if status.submitted:
         planned, by = status.submitted[0]
         known = submissions.can_tell(by)
-        hint = "" if known else f"; if it has ended, delete {submissions.marker(planned)}"
-        return f"{by} works on {len(status.submitted)} evaluation(s){hint}"
+        said = [
+            path for path in submissions.markers(planned) if submissions.read_marker(path) == by
+        ]
+        hint = "" if known else f"; if it has ended, delete {', '.join(map(str, said))}"
+        return f"{by} works on {_counted([each for each, _ in status.submitted])}{hint}"
     if not job.evaluations:
         return "an earlier job makes its results"
     if recalculate:
         return "no complete results to recalculate"
-    return f"{len(status.completed)} evaluation(s) are complete"
+    return f"{_counted(status.completed)} are complete"
 
 
 def shown_metrics(planned: Sequence[PlannedEvaluation], most: int = 4) -> str:

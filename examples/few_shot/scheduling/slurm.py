@@ -132,7 +132,7 @@ class RemoteJob:
             by = _who(order.name, env)
             for each in planned:
                 submissions.record(each, by)
-        self._before = {str(each.results_file): _made(each) for each in planned}
+        self._before = {str(each.product): _made(each) for each in planned}
         try:
             with meeting_point(env):
                 errors = execute(order, ranks=env.num_tasks)
@@ -151,15 +151,15 @@ class RemoteJob:
         done = [
             each
             for each in self.order.planned()
-            if _made(each) not in (None, self._before.get(str(each.results_file)))
+            if _made(each) not in (None, self._before.get(str(each.product)))
         ]
         return submitit.helpers.DelayedSubmission(RemoteJob(self.order.without(done)))
 
 
 def _made(planned: PlannedEvaluation) -> int | None:
-    """When results were written."""
+    """When it was made."""
     try:
-        return planned.results_file.stat().st_mtime_ns
+        return planned.product.stat().st_mtime_ns
     except OSError:
         return None
 

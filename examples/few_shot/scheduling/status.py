@@ -18,7 +18,7 @@ class Status:
 
     Attributes:
         completed: evaluations with complete results, made with the same settings.
-        submitted: evaluations that somebody works on, with who that is.
+        submitted: evaluations that somebody works on, be it on one of their trials, with who it is.
         missing: the others.
         todo: those that are to be carried out now.
     """
@@ -39,9 +39,11 @@ def look(jobs: Sequence[Job], *, override: bool = False, recalculate: bool = Fal
     """
     every = [each for job in jobs for each in job.evaluations]
     complete = {each.results_file for each in every if stale.is_done(each)}
-    marks = {each.results_file: submissions.read(each) for each in every}
-    alive = submissions.living(mark for mark in marks.values() if mark is not None)
-    busy = {file: mark for file, mark in marks.items() if mark is not None and mark in alive}
+    # A look at the folders: most of the files that might be there are not.
+    folders = {each.product.parent for each in every} | {each.results_file.parent for each in every}
+    there = [path for folder in folders for path in folder.glob(f"*{submissions.SUFFIX}")]
+    said = {path: mark for path in there if (mark := submissions.read_marker(path)) is not None}
+    alive = submissions.living(said.values())
     found = []
     for job in jobs:
         completed: list[PlannedEvaluation] = []
@@ -49,7 +51,8 @@ def look(jobs: Sequence[Job], *, override: bool = False, recalculate: bool = Fal
         submitted, todo = [], []
         for each in job.evaluations:
             done = each.results_file in complete
-            mark = busy.get(each.results_file)
+            marks = (said.get(path) for path in submissions.markers(each))
+            mark = next((found for found in marks if found in alive), None)
             if mark is not None and (override or not done):
                 submitted.append((each, mark))
                 continue

@@ -1,7 +1,8 @@
 """Who works on an evaluation: a file beside its results, which outlives whoever wrote it.
 
-`RESULTS.submitted` names a process or a job of Slurm's. Once that has ended it means nothing, so
-what was killed is free again without anybody's help.
+`RESULTS.submitted` names a process or a job of Slurm's; `PREDICTIONS.submitted` one that makes a
+single trial. Once that has ended it means nothing, so what was killed is free again without
+anybody's help.
 """
 
 from __future__ import annotations
@@ -66,14 +67,26 @@ def now() -> str:
 
 
 def marker(planned: PlannedEvaluation) -> Path:
-    """The file that says who works on an evaluation."""
-    return planned.results_file.with_name(planned.results_file.name + SUFFIX)
+    """The file that says who works on an evaluation, or on its only trial."""
+    return planned.product.with_name(planned.product.name + SUFFIX)
+
+
+def markers(planned: PlannedEvaluation) -> list[Path]:
+    """All files that may name somebody who works on the same: on the whole, or on a part of it."""
+    whole = dataclasses.replace(planned, trial=None)
+    others = [whole] if planned.trial is not None else whole.by_trial()
+    return list(dict.fromkeys(marker(each) for each in (planned, *others)))
 
 
 def read(planned: PlannedEvaluation) -> Submission | None:
     """What the file says; None where there is none that says anything."""
+    return read_marker(marker(planned))
+
+
+def read_marker(path: Path) -> Submission | None:
+    """What such a file says; None where there is none that says anything."""
     try:
-        found = json.loads(marker(planned).read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
         return Submission(**{**found, "process": Process(**found["process"])})
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -23,7 +23,7 @@ class Order:
     Attributes:
         name: the job's.
         calls: model names with arguments of `plan`.
-        only: files of the results that are to be made; the calls may mean more.
+        only: the products of what is to be done (see `PlannedEvaluation`); the calls may mean more.
         override: make them again where they are there.
         recalculate: only compute metrics again.
         world_size: processes that share the work, where the arguments do not say.
@@ -43,7 +43,7 @@ class Order:
         return tuple(dict.fromkeys(str(each) for each in found if each))
 
     def planned(self) -> list[PlannedEvaluation]:
-        """The evaluations."""
+        """The evaluations, or of each one trial."""
         for folder in self.user_dirs:
             import_user_dir(folder)
         only = set(self.only)
@@ -53,13 +53,14 @@ class Order:
             values["recalc_metrics_from_predictions"] = self.recalculate
             values["override_completed"] = self.override
             for each in plan(model_name, **values):
-                if str(each.results_file) in only:
-                    found.setdefault(str(each.results_file), each)
+                for one in (each, *each.by_trial()):
+                    if str(one.product) in only:
+                        found.setdefault(str(one.product), one)
         return list(found.values())
 
     def without(self, done: Sequence[PlannedEvaluation]) -> Order:
         """What is left when some are done."""
-        files = {str(each.results_file) for each in done}
+        files = {str(each.product) for each in done}
         return dataclasses.replace(self, only=tuple(f for f in self.only if f not in files))
 
 
@@ -75,7 +76,7 @@ def order_of(
     return Order(
         job.name,
         tuple((call.model_name, dict(call.run_args)) for call in job.calls),
-        tuple(str(each.results_file) for each in todo),
+        tuple(str(each.product) for each in todo),
         override,
         recalculate,
         world_size,
@@ -182,9 +183,9 @@ def needs_model(planned: PlannedEvaluation) -> bool:
 
 
 def _stamp(planned: PlannedEvaluation) -> tuple[int, int] | None:
-    """Changes when results are written."""
+    """Changes when it has been made."""
     try:
-        found = planned.results_file.stat()
+        found = planned.product.stat()
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns
