@@ -392,6 +392,8 @@ def test_the_command_with_hugging_faces_models(theirs: Path, tmp_path: Path) -> 
         key = "ppl_full_selected_candidate"
         assert a[key]["mean"] == pytest.approx(b[key]["mean"], rel=1e-5)
         assert a["model"]["kind"] == "huggingface"
+        assert {"torch", "transformers", "tokenizers"} <= a["versions"].keys()
+        assert not {"gguf", "sentencepiece", "sacrebleu"} & a["versions"].keys()
 
 
 # -- ours -----------------------------------------------------------------------------------------
@@ -452,6 +454,8 @@ def test_the_checkpoint_of_an_update(ours: dict[str, Path], tmp_path: Path) -> N
     words = ["--tasks", "copa", "--nshot", 0, "--data-dir", tasks, "--results-dir", tmp_path]
     (found,) = evaluate(ours["dense"].parent, *words, "--num-training-updates", 2)
     assert [each["name"] for each in found["model"]["files"]] == ["checkpoint_1_2.pt"]
+    assert {"torch", "sentencepiece"} <= found["versions"].keys()
+    assert "transformers" not in found["versions"]
 
 
 @pytest.mark.parametrize("there", [True, False])
