@@ -107,6 +107,12 @@ class LanguageModel:
         return list(self._ensemble.models)
 
     @property
+    def segmentation(self) -> list[str]:
+        """The names of what splits texts: a tokenizer, a subword model, as far as it has them."""
+        saved = self._ensemble.configs[0]
+        return [each.name for each in (saved.tokenizer, saved.bpe) if each.name is not None]
+
+    @property
     def max_tokens(self) -> int:
         """The most tokens a text may have, its prompt included; one goes to the start symbol."""
         return int(self._limit) - 1

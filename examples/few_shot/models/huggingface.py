@@ -405,6 +405,9 @@ class HuggingFaceModel(Model):
     def identity(self) -> dict[str, Any]:
         return self._identity
 
+    def packages(self) -> tuple[str, ...]:
+        return self._packages
+
     def agree(self, value: Any) -> Any:
         return self.world.broadcast_object(value)
 
