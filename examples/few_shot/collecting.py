@@ -30,6 +30,9 @@ KEYS = (
     "calibrator_name", "calibration_options", "scoring",
 )  # fmt: skip
 
+# Where a row says which of its metrics are none of its results file; see `recalculated`.
+MADE_AGAIN = "recalculated"
+
 
 def results_files(words: Iterable[str]) -> list[Path]:
     """Results files below folders, and one level further down; patterns are filled in.
@@ -107,7 +110,7 @@ def _raw(rows: Sequence[Row]) -> list[Row]:
 
 
 def _preferred(rows: Sequence[Row], *, spread: bool) -> list[Row]:
-    """A row for each evaluation: what it is, and its preferred metric."""
+    """A row for each evaluation: what it is, its preferred metric, accuracies made again."""
     found = []
     for row in sorted(rows, key=_sort_key):
         values = row[row["preferred_metric"]]
@@ -117,6 +120,7 @@ def _preferred(rows: Sequence[Row], *, spread: bool) -> list[Row]:
             | {"metric": row["preferred_metric"], "mean": values["mean"]}
             | (_spread(values) if spread else {})
             | {"eval_examples_cnt": row.get("eval_examples_cnt")}
+            | {name: row[name]["mean"] for name in row.get(MADE_AGAIN, ())}
         )  # fmt: skip
     return found
 
@@ -164,7 +168,7 @@ def pivot(rows: Sequence[Row], *, every_metric: bool = False) -> list[Row]:
 
     Args:
         rows: results.
-        every_metric: all metrics; otherwise the preferred one.
+        every_metric: all metrics; otherwise the preferred one, and accuracies made again.
     """
     models = list(dict.fromkeys(row["model_name"] for row in rows))
     table: dict[tuple[str, ...], Row] = {}
@@ -172,7 +176,8 @@ def pivot(rows: Sequence[Row], *, every_metric: bool = False) -> list[Row]:
     apart = {id(row): {"settings": text} for row, text in zip(rows, told, strict=True)}
     for row in sorted(rows, key=_sort_key):
         more = apart[id(row)] if any(told) else {}
-        names = _metrics(row) if every_metric else [row["preferred_metric"]]
+        chosen = [row["preferred_metric"], *row.get(MADE_AGAIN, ())]
+        names = _metrics(row) if every_metric else chosen
         for name in names:
             what = dict(zip(KEYS, _what(row), strict=True)) | more | {"metric": name}
             line = table.setdefault(tuple(what.values()), what | dict.fromkeys(models, ""))
@@ -254,8 +259,9 @@ def recalculated(row: Row, folder: Path | None = None) -> Row:
 
     Names are `accuracy_<scoring>`, `accuracy_<scoring>_calib`, and with `_ensemble` (the mean of
     the trials' probabilities, a softmax of scores) or `_majority` (the most votes) behind them.
-    They are of questions with a known answer. `suffix` is there for masks in mid-sentence, and
-    `unconditional-norm` where that was the evaluation's scoring.
+    The field `recalculated` lists them. They are of questions with a known answer. `suffix` is
+    there for masks in mid-sentence, and `unconditional-norm` where that was the evaluation's
+    scoring, or predictions were made with `--add-positional-scores-to-meta`.
 
     Args:
         row: of `load`.
@@ -272,7 +278,7 @@ def recalculated(row: Row, folder: Path | None = None) -> Row:
         raise DataError(f"{row['path']}: its predictions are damaged: {e!r}") from None
     if not found:
         raise DataError(f"{row['path']}: its predictions hold no scores of candidates by token")
-    return row | results.strict(found)
+    return row | results.strict(found) | {MADE_AGAIN: list(found)}
 
 
 def _recalculated(trials: Sequence[Sequence[Row]]) -> Row:

@@ -29,7 +29,9 @@ class EvaluationOptions:
     )
     add_prompt_to_meta: bool = flag(False, "keep prompts in the predictions")
     add_calib_to_meta: bool = flag(False, "keep the scores of every calibration option")
-    add_positional_scores_to_meta: bool = flag(False, "keep the scores of whole prompts by token")
+    add_positional_scores_to_meta: bool = flag(
+        False, "keep the scores of whole prompts by token, and of answers without a prompt"
+    )
     add_prompt_tokens_to_meta: bool = flag(False, "keep the tokens of prompts")
     scoring: str = flag("sum", "from scores of tokens to that of a candidate", choices=SCORINGS)
     n_eval_samples: int | None = flag(

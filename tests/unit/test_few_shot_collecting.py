@@ -131,6 +131,37 @@ def test_recalculated_scores_are_those_of_an_evaluation_by_them(
     assert again["scores"] == found["accuracy"]["scores"]
 
 
+def test_positional_scores_are_all_that_scorings_are_made_of(evaluated: Path) -> None:
+    def accuracies(scoring: str, **more: Any) -> dict[str, Any]:
+        (one,) = plan(
+            "small", tasks="copa", nb_few_shot_samples_values=0, scoring=scoring, **more,
+            data_dir=str(evaluated.parent / "data"), results_dir=str(evaluated.parent / "whole"),
+        )  # fmt: skip
+        found = Evaluation(one, DummyModel()).run()
+        return collecting.recalculated({**found, "path": str(one.results_file)})
+
+    name = "accuracy_unconditional-norm"
+    kept = accuracies("mean", add_positional_scores_to_meta=True)
+    assert kept[name]["scores"] == accuracies("unconditional-norm")["accuracy"]["scores"]
+    assert name not in accuracies("sum")
+
+
+def test_accuracies_made_again_are_in_every_table(evaluated: Path, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("t.tsv", "p.tsv", "r.md", "r.html")]
+    long, wide, text, page = files
+    collect("-i", evaluated, "-r", "-o", long, "--markdown", text, "--html", page)
+    collect("-i", evaluated, "-r", "-o", wide, "-v", "by_run_params_simple")
+    head, *lines = (line.split("\t") for line in long.read_text().splitlines())
+    for line in lines:  # of scoring and calibration as the evaluation's own
+        row = dict(zip(head, line, strict=True))
+        assert row["accuracy_mean_calib"] == row["mean"]
+        assert bool(row["accuracy_sum_charnorm_ensemble"]) == (row["nb_few_shot_samples"] == "2")
+    for file in files[1:]:
+        assert "accuracy_sum_charnorm_ensemble" in file.read_text()
+    collect("-i", evaluated, "-o", tmp_path / "plain.tsv")
+    assert "accuracy_sum" not in (tmp_path / "plain.tsv").read_text()
+
+
 def test_suffixes_are_scored_again_where_there_are_some() -> None:
     ends = {"context_score": -9.0, "context_tokens": 3, "start": 0, "characters": 4}
     candidates = [

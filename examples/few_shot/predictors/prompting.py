@@ -115,7 +115,8 @@ class CLMPrompting(Predictor):
 
     @property
     def _needs_unconditional(self) -> bool:
-        return self.options.scoring == "unconditional-norm"
+        """Whether they are scored: for that scoring, or to have all that scorings are made of."""
+        return self.options.scoring == "unconditional-norm" or self.options.add_positional_scores
 
     def _unconditional(self, trial: Trial) -> dict[str, tuple[float, ...]]:
         """Log-probabilities of the words of every candidate behind "Answer:" alone."""

@@ -40,7 +40,8 @@ def get_argparser() -> Parser:
     add("-t", "--tasks", nargs="+", help="these tasks and groups only")
     add("-m", "--models", nargs="+", help="these models only")
     add("-r", "--recalculate", action="store_true",
-        help="also accuracies of every scoring and of ensembles, from predictions")  # fmt: skip
+        help="also accuracies of every scoring and of ensembles, from predictions: a column each,"
+        " or a row each where models are columns")  # fmt: skip
     add("--predictions-dir", type=Path, metavar="DIR",
         help="where these are (default: beside the results)")  # fmt: skip
     add("--markdown", type=Path, metavar="FILE.md", help="models side by side")
