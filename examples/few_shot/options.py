@@ -39,7 +39,9 @@ class EvaluationOptions:
     )
     confusion_matrix: bool = flag(False, "print which answers were given for which, in percent")
     batch_size: int | None = flag(None, "no more prompts at a time; results do not depend on it")
-    uniform_sampling: bool = flag(False, "as many shots of each class")
+    uniform_sampling: bool = flag(
+        False, "as many shots of each class: of each answer, or of each place of the right one"
+    )
     beam_size: int = flag(1, "of written answers; tokens that a ranking lists")
     num_trials: int = flag(5, "trials with other shots, where there are shots")
     seed: int = flag(0, "of all draws, with the number of the trial; files count trials from it on")

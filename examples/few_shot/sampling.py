@@ -37,7 +37,7 @@ class Shots:
         ranked: their numbers, in the order of the trial.
         k: how many are taken.
         leak: a sample may be its own shot.
-        uniform: as many of each class.
+        classes: of each sample of the pool, where there are to be as many shots of each.
         keep_order: shots stand in the order of the file.
         translated: see `translations`.
     """
@@ -46,7 +46,7 @@ class Shots:
     ranked: tuple[int, ...]
     k: int
     leak: bool = False
-    uniform: bool = False
+    classes: tuple[str, ...] | None = None
     keep_order: bool = False
     translated: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
@@ -58,19 +58,21 @@ class Shots:
             # The order has to be looked through for few samples.
             if own or sample.content in self._contents:
                 free = [i for i in free if i not in own and self.pool[i].content != sample.content]
-        taken = self._per_class(free) if self.uniform else list(free[: self.k])
+        taken = list(free[: self.k])
+        if self.classes is not None:
+            taken = self._per_class(free, self.classes)
         return [self.pool[i] for i in (sorted(taken) if self.keep_order else taken)]
 
     @functools.cached_property
     def _contents(self) -> frozenset[str]:
         return frozenset(each.content for each in self.pool)
 
-    def _per_class(self, free: Sequence[int]) -> list[int]:
+    def _per_class(self, free: Sequence[int], of: Sequence[str]) -> list[int]:
         """The first of each class in turn: classes alternate in the prompt."""
         # A class whose only sample is the question stays a class.
-        classes: dict[str, list[int]] = {one.correct[0]: [] for one in self.pool}
+        classes: dict[str, list[int]] = {name: [] for name in of}
         for i in free:
-            classes[self.pool[i].correct[0]].append(i)
+            classes[of[i]].append(i)
         each = self.k // len(classes)
         short = sorted(name for name, members in classes.items() if len(members) < each)
         if short:
@@ -110,6 +112,39 @@ def _line(sample: FewShotSample) -> str:
     return sample.where.rpartition(":")[2]
 
 
+def classes_of(pool: Sequence[FewShotSample], task: str) -> tuple[str, ...]:
+    """The class of each sample, of which `--uniform-sampling` takes equally many.
+
+    It is the right answer where all samples have the same candidates, and its place among them
+    where each has candidates of its own, as the alternatives of COPA.
+
+    Args:
+        pool: the samples.
+        task: what they are called in messages.
+
+    Raises:
+        ConfigError: samples without one right answer, or with now more, now fewer candidates of
+            their own; or all are of one class.
+    """
+    no_classes = ConfigError(
+        f"--uniform-sampling: samples of {task} do not have one class each; leave it out"
+    )
+    if any(len(each.correct) != 1 or not each.candidates for each in pool):
+        raise no_classes
+    if len({frozenset(each.candidates) for each in pool}) == 1:
+        found = tuple(each.correct[0] for each in pool)
+    elif len({len(each.candidates) for each in pool}) == 1:
+        found = tuple(f"answer {each.candidates.index(each.correct[0]) + 1}" for each in pool)
+    else:
+        raise no_classes
+    if len(set(found)) == 1:
+        raise ConfigError(
+            f"--uniform-sampling: all samples of {task} are of one class, {found[0]!r}; leave it"
+            " out"
+        )
+    return found
+
+
 def draw(
     pool: Sequence[FewShotSample],
     k: int,
@@ -136,19 +171,14 @@ def draw(
         translated: see `translations`, where pool and questions are one set in two languages.
 
     Raises:
-        ConfigError: `uniform` for samples without one class, or k is no multiple of their number.
+        ConfigError: `uniform` for samples without classes, or k is no multiple of their number.
     """
-    if uniform and k:
-        if any(len(each.correct) != 1 or not each.candidates for each in pool):
-            raise ConfigError(
-                f"--uniform-sampling: samples of {task} do not have one class each; leave it out"
-            )
-        classes = {each.correct[0] for each in pool}
-        if k % len(classes):
-            raise ConfigError(
-                f"--uniform-sampling: {k} shots are no multiple of the {len(classes)} classes of"
-                f" {task}"
-            )
+    classes = classes_of(pool, task) if uniform and k else None
+    if classes is not None and k % len(set(classes)):
+        raise ConfigError(
+            f"--uniform-sampling: {k} shots are no multiple of the {len(set(classes))} classes of"
+            f" {task}: {', '.join(sorted(set(classes)))}"
+        )
     if k > len(pool):
         logger.warning("%s: %d shots asked for, %d samples to draw from", task, k, len(pool))
     return Shots(
@@ -156,7 +186,7 @@ def draw(
         tuple(order(len(pool), seed=seed, trial=trial, task=task)),
         k,
         leak,
-        uniform and k > 0,
+        classes,
         keep_order,
         translated or {},
     )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from examples.few_shot import gpt3_eval, results
 from examples.few_shot.samples import FewShotSample, choice
-from examples.few_shot.sampling import draw, order, translations
+from examples.few_shot.sampling import classes_of, draw, order, translations
 from fairseq_lite.errors import ConfigError
 
 
@@ -192,3 +192,31 @@ def test_a_class_whose_only_sample_is_asked_about_stays_a_class() -> None:
     pool = [choice({"n": i}, ["a", "b"], int(i == 0)) for i in range(6)]
     with pytest.raises(ConfigError, match="class 'b' has 0 samples for 1 shots"):
         draw(pool, 2, seed=0, trial=0, task="t", uniform=True).of(pool[0])
+
+
+def test_alternatives_of_each_sample_are_classes_by_the_place_of_the_right_one() -> None:
+    pool = [choice({"n": i}, [f"left {i}", f"right {i}"], i % 2) for i in range(12)]
+    found = draw(pool, 4, seed=0, trial=0, task="copa", uniform=True).of(pool[0])
+    assert [one.correct[0].split()[0] for one in found] == ["left", "right"] * 2
+    with pytest.raises(ConfigError, match="2 classes of copa: answer 1, answer 2$"):
+        draw(pool, 3, seed=0, trial=0, task="copa", uniform=True)
+
+
+def test_the_order_of_candidates_makes_no_other_classes() -> None:
+    pool = [choice({"n": i}, ["yes", "no"] if i % 2 else ["no", "yes"], 0) for i in range(6)]
+    assert set(classes_of(pool, "t")) == {"yes", "no"}
+
+
+@pytest.mark.parametrize(
+    ("candidates", "message"),
+    [
+        ([["a", "b"], ["c", "d", "e"]], "do not have one class each"),
+        ([["a", "b"], ["c", "d"]], "are of one class, 'answer 1'"),
+        ([["a", "b"], ["a", "b"]], "are of one class, 'a'"),
+    ],
+)
+def test_uniform_shots_need_several_classes(candidates: list[list[str]], message: str) -> None:
+    pool = [choice({"n": i}, its, 0) for i, its in enumerate(candidates)]
+    with pytest.raises(ConfigError, match=message) as raised:
+        draw(pool, 2, seed=0, trial=0, task="t", uniform=True)
+    assert str(raised.value).endswith("leave it out")
