@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import struct
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -72,6 +73,17 @@ def test_objects_of_real_checkpoints_become_plain_values(tmp_path):
     assert loaded["big"] == [258]
     assert loaded["flag"] is True
     assert isinstance(loaded["order"], OrderedDict)
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])  # before Python 3.13, and of it
+def test_paths_are_read_as_any_python_writes_them(module, tmp_path):
+    a, b, name = (b"X" + struct.pack("<I", len(word)) + word for word in (b"a", b"b", b"path"))
+    stored = f"c{module}\nPosixPath\n(".encode() + a + b + b"tR"
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as file:
+        file.writestr("a/data.pkl", b"\x80\x02}" + name + stored + b"s.")
+        file.writestr("a/version", b"3\n")
+        file.writestr("a/byteorder", b"little")
+    assert store.load(tmp_path / "a.pt") == {"path": "a/b"}
 
 
 def test_arrays_of_objects_are_refused(tmp_path):

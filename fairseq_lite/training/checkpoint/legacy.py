@@ -163,7 +163,11 @@ _STAND_INS: dict[str, Callable[..., Any]] = {
     "omegaconf.listconfig.ListConfig": _Container,
     **{f"numpy.{core}.multiarray._reconstruct": _new_array for core in ("core", "_core")},
     **{f"numpy.{core}.multiarray.scalar": _Scalar for core in ("core", "_core")},
-    **{f"pathlib.{name}": _Path for name in ("Path", "PosixPath", "WindowsPath", "PurePath")},
+    **{
+        f"{module}.{name}": _Path
+        for module in ("pathlib", "pathlib._local")  # of Python 3.13
+        for name in ("Path", "PosixPath", "WindowsPath", "PurePath")
+    },
     **{
         f"omegaconf.nodes.{name}": _Node
         for name in (
