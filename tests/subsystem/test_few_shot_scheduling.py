@@ -141,6 +141,7 @@ def files(folder: Path, pattern: str = "*/*_results.json") -> dict[str, bytes]:
     for path in folder.glob(pattern):
         said = json.loads(path.read_text(encoding="utf-8"))
         del said["times"]
+        said["versions"].pop("commit", None)  # somebody may commit while tests run
         found[str(path.relative_to(folder))] = json.dumps(said).encode()
     return found
 
@@ -363,6 +364,18 @@ def test_combined_tasks_share_a_model_and_one_missing_file_stops_no_other(
     assert info["error"].count(";") == 1  # the one of the message
     assert "2 of 3 evaluation(s)" in capfd.readouterr().out
     assert len(stamps(tmp_path)) == 2
+
+
+def test_a_damaged_file_stops_no_other_before_the_model_is_loaded(tmp_path: Path):
+    data = write_copa(tmp_path / "data", train=6, val=4)
+    (data / "COPA" / "train.jsonl").write_text("{")
+    model = ModelSettings("dummy", {}, {"predictor_name": "dummy"}, gpus_per_node=0)
+    words = ["-t", "copa", "-m", "one", "--nshot", "2", "0", "--data-dir", data, "--local", "--cpu"]
+    (info,) = schedule(*words, "-o", tmp_path / "out", one=model)
+    assert info["state"] == "failed" and "train.jsonl:1: " in info["error"]
+    assert info["error"].count("train.jsonl") == 1
+    (path,) = (tmp_path / "out").glob("*/*_results.json")
+    assert json.loads(path.read_text())["nb_few_shot_samples"] == 0
 
 
 def test_a_dry_run_makes_nothing(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
