@@ -242,13 +242,32 @@ def at_update(config: ModelConfig, name: str, updates: int) -> Path:
 def checkpoint_at(path: str, name: str, updates: int) -> Path:
     """As `at_update`, for a path."""
     found = _updates(path)
-    if updates not in found:
-        there = ", ".join(map(str, found)) or "of none"
-        raise CheckpointError(
-            f"--model-name {name}: {_folder(path)} has no checkpoint_EPOCH_{updates}.pt; there are"
-            f" checkpoints of updates {there}"
-        )
-    return found[updates]
+    if updates in found:
+        return found[updates]
+    own = _updates_of(path)
+    if own == updates:
+        return Path(path)
+    there = f"there are checkpoints of updates {', '.join(map(str, found))}"
+    if not found:
+        there = "no file there is called so"
+    if own is not None:
+        there += f", and {path} is of update {own}"
+    raise CheckpointError(
+        f"--num-training-updates {updates}: --model-name {name}: {_folder(path)} has no"
+        f" checkpoint_EPOCH_{updates}.pt; {there}"
+    )
+
+
+def _updates_of(path: str) -> int | None:
+    """The number of updates of one checkpoint that is named itself; None where it says nothing."""
+    from fairseq_lite.training.checkpoint import store
+    from fairseq_lite.training.checkpoint.parts import readable_files
+
+    files = list(readable_files(Path(path)).values())
+    if not files or Path(path).is_dir():
+        return None
+    history = store.load(files[0], verify=False, mapped=True).get("optimizer_history")
+    return history[-1].get("num_updates") if history else None
 
 
 def _folder(path: str) -> Path:

@@ -22,6 +22,7 @@ from examples.few_shot.models.stems import Stem
 from examples.few_shot.settings import EvaluationOptions, plan
 from fairseq_lite.errors import CheckpointError, ConfigError, FliteError, MissingDependency
 from fairseq_lite.parallel.world import SingleWorld
+from fairseq_lite.training.checkpoint import store
 
 # -- trees ----------------------------------------------------------------------------------------
 
@@ -289,6 +290,19 @@ def test_checkpoints_of_a_run_go_by_their_updates(folder: Path) -> None:
 
 
 # -- who loads what -------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_is_named_counts_by_the_updates_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint_last.pt"
+    store.save(path, {"model": {}, "optimizer_history": [{"num_updates": 3}, {"num_updates": 8}]})
+    options = EvaluationOptions(num_training_updates=8)
+    assert loading.found(str(path), options) == (ModelConfig(str(path)), str(path))
+    for name, message in (
+        (path, f"no file there is called so, and {path} is of update 8$"),
+        (tmp_path, "no file there is called so$"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            loading.found(str(name), EvaluationOptions(num_training_updates=9))
 
 
 @pytest.mark.parametrize(
