@@ -236,6 +236,12 @@ class Evaluation:
         Raises:
             DataError: the predictions or results are missing.
         """
+        for path in (self.planned.results_file, *self.planned.prediction_files):
+            if not path.exists():
+                raise DataError(
+                    f"--recalc-metrics-from-predictions: there is no {path}: leave the flag out,"
+                    " which evaluates what is missing"
+                )
         old = results.read_results(self.planned.results_file)
         trials = []
         for path in self.planned.prediction_files:

@@ -159,9 +159,14 @@ def run_evaluations_from_model_name(model_name: str, **kwargs: Any) -> list[dict
         import_user_dir(kwargs["user_dir"])
     planned = plan(model_name, **kwargs)
     rank, size = _place(planned[0].options)
+    options = planned[0].options
     for remark in remarks(planned, kwargs) if rank == 0 else ():
         logger.warning(remark)
-    options = planned[0].options
+    if rank == 0 and options.distributed_port is not None and not _meet_at_port(options):
+        logger.warning(
+            "--distributed-port %d: does nothing outside Slurm: processes that are started here"
+            " find a free port, torchrun has its own", options.distributed_port,
+        )  # fmt: skip
     skip = options.skip_completed and not options.recalc_metrics_from_predictions
     left = tuple(planned)
     if skip and size == 1:  # with nothing to do, no process need be started
@@ -189,14 +194,25 @@ def _distributed(options: EvaluationOptions) -> DistributedTrainingConfig:
 
 def _place(options: EvaluationOptions) -> tuple[int, int]:
     """The rank of this process among those that a launcher started, and their number."""
+    found = _launched(options)
+    return (0, 1) if found is None or found.spawn else (found.first_rank, found.size)
+
+
+def _meet_at_port(options: EvaluationOptions) -> bool:
+    """Whether processes meet at --distributed-port."""
+    found = _launched(options)
+    return found is not None and found.port == options.distributed_port
+
+
+def _launched(options: EvaluationOptions) -> Any:
+    """The processes that there are; None where no launcher started this one."""
     if os.environ.keys().isdisjoint({"RANK", "SLURM_PROCID"}):
-        return 0, 1  # without importing torch
+        return None  # without importing torch
     from fairseq_lite.parallel.api import Machine
     from fairseq_lite.parallel.plan import plan as plan_processes
 
     machine = Machine(environ=os.environ)
-    found = plan_processes(_distributed(options), cpu=True, machine=machine, if_asked=True)
-    return (0, 1) if found.spawn else (found.first_rank, found.size)
+    return plan_processes(_distributed(options), cpu=True, machine=machine, if_asked=True)
 
 
 def _run(work: _Work, options: EvaluationOptions) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from examples.few_shot.options import OF_SHOTS
 from examples.few_shot.predictors.api import predictor_type
 from examples.few_shot.settings import PlannedEvaluation, template_entry
 from examples.few_shot.tasks.api import task_type
@@ -49,11 +50,41 @@ def remarks(planned: Sequence[PlannedEvaluation], said: Mapping[str, Any]) -> li
     Raises:
         ConfigError: something that changes numbers, and those of no task.
     """
+    _of_languages(planned, said)
+    return [*_of_shots(planned, said), *_of_predictor(planned, said)]
+
+
+def _of_predictor(planned: Sequence[PlannedEvaluation], said: Mapping[str, Any]) -> list[str]:
     options = planned[0].options
     given = {name for name in _OF_MODELS if _is_given(name, said.get(name))}
     if not predictor_type(options.predictor_name).reads_prompts:
         return list(_of_baseline(planned, said, given))
     return list(_of_kinds(planned, said, given))
+
+
+def _of_languages(planned: Sequence[PlannedEvaluation], said: Mapping[str, Any]) -> None:
+    """Refuse languages where no task has several."""
+    if not any(task_type(each.task).languages for each in planned):
+        for name in ("any_languages", "any_train_lang", "any_valid_lang"):
+            if said.get(name) is not None:
+                raise ConfigError(
+                    f"{_shown(name, said)}: none of these tasks is in several languages; leave it"
+                    " out"
+                )
+    if said.get("any_valid_lang") is not None and all(each.valid_set is None for each in planned):
+        raise ConfigError(f"{_shown('any_valid_lang', said)}: say --any-valid-set, too")
+
+
+def _of_shots(planned: Sequence[PlannedEvaluation], said: Mapping[str, Any]) -> Iterator[str]:
+    """What is said of shots where there are none."""
+    if any(each.k for each in planned):
+        return
+    names = [*OF_SHOTS, "num_trials", "any_train_set", "any_train_lang"]
+    for task in dict.fromkeys(each.task for each in planned):
+        names += [f"{task}_train_set", f"{task}_train_lang"]
+    if given := [_shown(name, said) for name in names if said.get(name) not in (None, False)]:
+        verb = "does" if len(given) == 1 else "do"
+        yield f"{', '.join(given)}: {verb} nothing without shots, --nb-few-shot-samples-values 0"
 
 
 def _is_given(name: str, value: Any) -> bool:

@@ -42,7 +42,9 @@ class EvaluationOptions:
     uniform_sampling: bool = flag(
         False, "as many shots of each class: of each answer, or of each place of the right one"
     )
-    beam_size: int = flag(1, "of written answers; tokens that a ranking lists")
+    beam_size: int = flag(
+        1, "of written answers; from 2 on also the tokens that a ranking lists, otherwise 10"
+    )
     num_trials: int = flag(5, "trials with other shots, where there are shots")
     seed: int = flag(0, "of all draws, with the number of the trial; files count trials from it on")
     moe_eval_capacity_token_fraction: float | None = flag(
@@ -86,7 +88,7 @@ class EvaluationOptions:
     distributed_world_size: int | None = flag(
         None, "processes (default: one, or those that torchrun or Slurm started)"
     )
-    distributed_port: int | None = flag(None, "where they meet under Slurm")
+    distributed_port: int | None = flag(None, "where they meet, under Slurm only")
     user_dir: str | None = flag(None, "a folder of plugins: architectures, tasks, templates")
     debug: bool = flag(False, "show tracebacks of users' errors, too")
 
@@ -136,6 +138,12 @@ NO_SETTING = {
     "fsdp", "cpu", "distributed_port", "user_dir", "debug", "compute_vocab_dist",
     "num_trials", "seed",
 }  # fmt: skip
+
+# What evaluations without shots do not heed: off in their settings, whatever is said.
+OF_SHOTS = (
+    "uniform_sampling", "no_shuffle_examples", "allow_test_shots",
+    "truncate_few_shot_samples_globally",
+)  # fmt: skip
 
 LISTS = ("tasks", "nb_few_shot_samples_values", "any_eval_set", "any_languages")
 DEFAULT_SHOTS = (0, 1, 32)

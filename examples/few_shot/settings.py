@@ -23,6 +23,7 @@ from examples.few_shot.options import (
     DEFAULT_SHOTS,
     LISTS,
     NO_SETTING,
+    OF_SHOTS,
     TASK_FLAGS,
     EvaluationOptions,
     flag_of,
@@ -323,6 +324,7 @@ def _evaluation(
             # What these tasks do not heed makes no other evaluation of them.
             "scoring": options.scoring if kind.kind == "choice" else None,
             "beam_size": options.beam_size if kind.kind in _WITH_BEAMS else 1,
+            **({} if k else dict.fromkeys(OF_SHOTS, False)),
             "train_sep": options.separator,
             "calibration_options": list(calibrations),
             "task_options": _plain(task_options),
@@ -376,8 +378,12 @@ def _shots_from(
     if kind.languages:
         train_lang = said.get("train_lang", options.any_train_lang or language)
         _check_language(name, kind, train_lang)
-    elif "train_lang" in said or "valid_lang" in said:
-        raise ConfigError(f"{flag_of(name, 'train_lang')}: {name} is in one language; leave it out")
+    else:
+        for suffix in ("train_lang", "valid_lang"):
+            if suffix in said:
+                raise ConfigError(
+                    f"{flag_of(name, suffix)}: {name} is in one language; leave it out"
+                )
     return (train_set, train_lang) if k else (None, None)
 
 
@@ -394,10 +400,8 @@ def _counted(
             )
         return None, None
     if options.predictor_name not in ("majorityclass", "majority"):
-        raise ConfigError(
-            f"{flag_of(name, 'valid_set')}: only --predictor-name majorityclass reads"
-            " it; leave it out"
-        )
+        flag = flag_of(name, "valid_set") if "valid_set" in said else "--any-valid-set"
+        raise ConfigError(f"{flag}: only --predictor-name majorityclass reads it; leave it out")
     _check_set(name, valid_set)
     if not kind.languages:
         return valid_set, None

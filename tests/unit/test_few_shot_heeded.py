@@ -10,6 +10,7 @@ import pytest
 
 from examples.few_shot import gpt3_eval
 from examples.few_shot.heeded import remarks
+from examples.few_shot.options import EvaluationOptions
 from examples.few_shot.predictors.api import PREDICTORS, Prediction, Predictor, Trial
 from examples.few_shot.settings import plan
 from fairseq_lite.errors import ConfigError
@@ -59,6 +60,50 @@ def test_what_no_task_heeds_is_refused(given: dict[str, Any], message: str) -> N
 )  # fmt: skip
 def test_what_some_tasks_do_not_heed_is_one_remark(given: dict[str, Any], remark: str) -> None:
     assert said(**given) == [remark]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"any_languages": ["de"]}, "--any-languages de: none of these tasks is in several"),
+        ({"any_train_lang": "de"}, "--any-train-lang de: none of these tasks is in several"),
+        ({"any_valid_lang": "de"}, "--any-valid-lang de: none of these tasks is in several"),
+        ({"tasks": ["copa", "xcopa"], "any_valid_lang": "it"},
+         "--any-valid-lang it: say --any-valid-set, too"),
+    ],
+)  # fmt: skip
+def test_languages_are_refused_where_no_task_has_several(
+    given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        said(**given)
+
+
+def test_what_is_said_of_shots_is_a_remark_where_there_are_none() -> None:
+    given = {
+        "tasks": ["copa", "xcopa"], "num_trials": 3, "any_train_set": "val",
+        "xcopa_languages": "it", "xcopa_train_lang": "et", "uniform_sampling": True,
+    }  # fmt: skip
+    assert said(**given) == [
+        "--uniform-sampling, --num-trials 3, --any-train-set val, --xcopa-train-lang et: do nothing"
+        " without shots, --nb-few-shot-samples-values 0"
+    ]
+    assert said(**given, nb_few_shot_samples_values=[0, 1]) == []
+    assert said(copa_train_set="val") == [
+        "--copa-train-set val: does nothing without shots, --nb-few-shot-samples-values 0"
+    ]
+    assert said("random", predictor_name="random", num_trials=2)[0].startswith("--num-trials 2")
+
+
+def test_a_port_is_for_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm = {"PROCID": 0, "NTASKS": 2, "STEP_ID": 1, "JOB_NODELIST": "a,b", "NNODES": 2}
+    options = EvaluationOptions(distributed_port=12345)
+    for name in ("RANK", "WORLD_SIZE", *(f"SLURM_{name}" for name in slurm)):
+        monkeypatch.delenv(name, raising=False)
+    assert not gpt3_eval._meet_at_port(options)
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    assert gpt3_eval._meet_at_port(options)
 
 
 def test_what_is_heeded_or_not_said_is_no_remark() -> None:
@@ -130,6 +175,10 @@ def test_the_command_says_so_before_it_begins(
     assert caplog.messages == [
         "--scoring mean: does nothing for naturalquestions; it is for what chooses among candidates"
     ]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        gpt3_eval.main([*words[:-4], "--tasks", "copa", "--distributed-port", "12345"])
+    assert caplog.messages[0].startswith("--distributed-port 12345: does nothing outside Slurm")
 
 
 def test_scoring_makes_no_other_evaluation_of_tasks_that_do_not_heed_it() -> None:

@@ -136,6 +136,9 @@ def test_the_first_token_of_an_answer_is_ranked_and_its_tokens_are_counted(tmp_p
     model = Words()
     one, two = CLMPrompting(model, PredictorOptions()).predict(trial)
     assert [p.candidates[0].meta["answer_tokens"] for p in (one, two)] == [1, len("Rome")]
+    for beam, listed in ((1, 10), (3, 3), (12, 12)):
+        (first, _) = CLMPrompting(model, PredictorOptions(beam_size=beam)).predict(trial)
+        assert len(first.candidates[0].meta["top_ranked_predictions"]) == listed
     for prediction, context, token in ((one, "Ann:", 255), (two, "Bob: ", ord("R"))):
         (expected,) = model.rank([model.encode(context)], [token])
         assert prediction.candidates[0].meta["rank"] == expected.rank

@@ -229,7 +229,7 @@ def test_recalculation_needs_predictions(data: Path) -> None:
     one = planned(data)
     evaluate(one)
     one.prediction_files[0].unlink()
-    with pytest.raises(DataError, match="predictions.jsonl: No such file"):
+    with pytest.raises(DataError, match="predictions.jsonl: leave the flag out"):
         Evaluation(planned(data, recalc_metrics_from_predictions=True), None).recalculated()
 
 
@@ -395,3 +395,9 @@ def test_a_field_that_is_null_is_named(data: Path) -> None:
     path.write_text(json.dumps({**rows(1)[0], "premise": None}) + "\n")
     with pytest.raises(DataError, match=r"val.jsonl:1: field 'premise' is null"):
         evaluate(planned(data))
+
+
+def test_nothing_is_computed_anew_of_what_is_not_there(data: Path) -> None:
+    said = r"^--recalc-metrics-from-predictions: there is no \S+results.json: leave the flag out"
+    with pytest.raises(DataError, match=said):
+        Evaluation(planned(data), None).recalculated()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from examples.few_shot import gpt3_eval
-from examples.few_shot.options import EvaluationOptions
+from examples.few_shot.options import OF_SHOTS, EvaluationOptions
 from examples.few_shot.settings import plan
 from fairseq_lite.errors import ConfigError
 
@@ -69,10 +69,10 @@ def test_whatever_changes_numbers_changes_the_files() -> None:
         {"predictor_name": "random"}, {"copa_eval_set": "test"}, {"bf16": True},
         {"calibrator_name": "average_option", "copa_calibration_options": ["premise::"]},
         {"calibrator_name": "average_option", "copa_calibration_options": ["choice1::"]},
-        {"moe_eval_capacity_token_fraction": 0.5}, {"uniform_sampling": True},
+        {"moe_eval_capacity_token_fraction": 0.5},
         {"nb_few_shot_samples_values": [1]}, {"nb_few_shot_samples_values": [1], "num_trials": 2},
-        {"nb_few_shot_samples_values": [1], "seed": 2}, {"no_shuffle_examples": True},
-        {"allow_test_shots": True}, {"truncate_few_shot_samples_globally": True},
+        {"nb_few_shot_samples_values": [1], "seed": 2},
+        *({"nb_few_shot_samples_values": [1], name: True} for name in OF_SHOTS),
         {"skip_context_scores": True}, {"num_training_updates": 10},
     ]  # fmt: skip
     files = [one(**change).results_file for change in changes]
@@ -86,6 +86,7 @@ def test_what_changes_no_number_changes_no_file() -> None:
         {"batch_size": 7}, {"max_tokens": 99}, {"distributed_world_size": 4}, {"cpu": True},
         {"add_prompt_to_meta": True}, {"confusion_matrix": True}, {"data_dir": "elsewhere"},
         {"skip_completed": True}, {"num_trials": 9}, {"debug": True}, {"any_train_set": "val"},
+        *({name: True} for name in OF_SHOTS),
     ):  # fmt: skip
         assert one(results_dir="r", **change).results_file == usual, change
 
@@ -130,7 +131,9 @@ def test_a_set_is_the_task_s_own_or_that_for_all() -> None:
         ({"skip_completed": True, "override_completed": True}, "choose one"),
         ({"calibrator_name": "average_option"}, "copa needs --copa-calibration-options"),
         ({"copa_calibration_options": ["premise::"]}, "say --calibrator-name average_option"),
-        ({"copa_valid_set": "val"}, "only --predictor-name majorityclass reads it"),
+        ({"copa_valid_set": "val"}, "^--copa-valid-set: only --predictor-name majorityclass reads"),
+        ({"any_valid_set": "val"}, "^--any-valid-set: only --predictor-name majorityclass reads"),
+        ({"copa_valid_lang": "de"}, "^--copa-valid-lang: copa is in one language"),
         ({"tasks": "xcopa", "xcopa_valid_lang": "it"}, "say --xcopa-valid-set SET_OR_FILE, too"),
         ({"compute_vocab_dist": True}, "copa ranks no word of the vocabulary"),
         ({"beam_size": 4}, "--beam-size 4: these tasks choose among candidates"),

@@ -25,6 +25,9 @@ from fairseq_lite.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+# How many tokens a ranking lists where --beam-size does not say.
+_LISTED = 10
+
 
 @dataclasses.dataclass(frozen=True)
 class _Question:
@@ -258,7 +261,7 @@ class CLMPrompting(Predictor):
             prompts.append(prompt)
             cut += encoded.cut > 0
         self._tell_cut(trial, cut)
-        top = max(10, self.options.beam_size)
+        top = self.options.beam_size if self.options.beam_size > 1 else _LISTED
         found = []
         ranked = self.lm.rank(contexts, wanted, top=top)
         for prompt, one in zip(prompts, ranked, strict=True):
