@@ -174,9 +174,10 @@ class Task(ABC):
             name=split,
         )
         if not len(batches):
+            tokens = "" if limits.max_tokens is None else f"--max-tokens {limits.max_tokens}, "
             raise DataError(
                 f"the split {split!r} has no batch: it is empty, or every example was left out "
-                f"(--max-tokens {limits.max_tokens}, longest allowed {limits.max_positions})"
+                f"({tokens}longest allowed {limits.max_positions})"
             )
         return EpochBatchIterator(
             dataset,
