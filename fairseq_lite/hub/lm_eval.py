@@ -14,7 +14,10 @@ does when a context is cut from the left.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from fairseq_lite import hub
-from fairseq_lite.errors import ConfigError, DataError, MissingDependency
+from fairseq_lite.errors import ConfigError, DataError, FliteError, MissingDependency
 from fairseq_lite.hub.led import LedModel
 from fairseq_lite.hub.lm_eval_args import GenerationArgs, ModelArgs
 
@@ -44,6 +47,28 @@ _TEXTS = 4096
 Request = tuple[tuple[str, str], list[int], list[int]]
 
 
+@functools.cache
+def tell_in_one_line() -> None:
+    """Let the harness's own command end in one line after a user's error, as our commands do.
+
+    It lets every error through to Python, which prints all calls in front of it. Other programs
+    that use the harness are left as they are.
+    """
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.stem == "__main__" else program.stem
+    if name not in ("lm_eval", "lm-eval"):
+        return
+    usual = sys.excepthook
+
+    def told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, FliteError):
+            print(f"{name}: error: {error}", file=sys.stderr)
+        else:
+            usual(kind, error, trace)
+
+    sys.excepthook = told
+
+
 class FairseqLiteLM(TemplateLM):
     """A language model of ours, as the harness sees one.
 
@@ -57,6 +82,7 @@ class FairseqLiteLM(TemplateLM):
 
     def __init__(self, **given: Any) -> None:
         super().__init__()
+        tell_in_one_line()
         args = ModelArgs.of(given)
         self.led = LedModel(
             args.path,

@@ -444,3 +444,18 @@ def test_the_stock_command_knows_the_model(run, tasks, adapter, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = results_of(tmp_path / "out")["results"]["choices"]
     assert found["acc,none"] == pytest.approx(expected.accuracy)
+
+
+@pytest.mark.parametrize(
+    ("program", "line"),
+    [("bin/lm_eval", "lm_eval: error: no\n"), ("bin/lm-eval", "lm-eval: error: no\n"),
+     ("lm_eval/__main__.py", "lm_eval: error: no\n"), ("notebook", "usual")],
+)  # fmt: skip
+def test_a_user_s_error_ends_the_stock_command_in_one_line(program, line, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [program])
+    monkeypatch.setattr(sys, "excepthook", lambda *_: print("usual", end="", file=sys.stderr))
+    lm_eval.tell_in_one_line.__wrapped__()
+    sys.excepthook(ConfigError, ConfigError("no"), None)
+    assert capsys.readouterr().err == line
+    sys.excepthook(ValueError, ValueError("no"), None)
+    assert capsys.readouterr().err == "usual"
