@@ -123,7 +123,13 @@ class LanguageModelingTask(Task):
     @classmethod
     def read_dictionary(cls, cfg: LanguageModelingConfig) -> Dictionary:
         """The `dict.txt` of the first data folder."""
-        dictionary = Dictionary.load(Path(data_folders(cfg.data)[0], "dict.txt"))
+        folder = Path(data_folders(cfg.data)[0])
+        if not (folder / "dict.txt").is_file() and any(folder.glob("dict.*.txt")):
+            raise DataError(
+                f"{folder}: holds pairs of sentences, not text of one language; for a translation "
+                "model type --task translation, and flite-validate in place of flite-eval-lm"
+            )
+        dictionary = Dictionary.load(folder / "dict.txt")
         logger.info("dictionary: %d types", len(dictionary))
         return dictionary
 

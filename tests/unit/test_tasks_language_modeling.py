@@ -142,6 +142,12 @@ def test_the_dictionary_and_its_truncation(data: Path) -> None:
     assert len(make(data, output_dictionary_size=100).target_dictionary) == VOCABULARY
 
 
+def test_a_folder_of_translations_is_called_so(data: Path) -> None:
+    (data / "dict.txt").rename(data / "dict.en.txt")
+    with pytest.raises(DataError, match="holds pairs of sentences.* type --task translation"):
+        make(data)
+
+
 def test_how_long_inputs_may_be(data: Path) -> None:
     assert make(data).max_positions() == 16
     assert make(data, max_target_positions=64).max_positions() == 64
