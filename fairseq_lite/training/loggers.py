@@ -45,7 +45,7 @@ class _Dispensable(logging.Handler):
             print(f"log lines to {where} are lost from here on: {error}", file=sys.stderr)
 
 
-class _Screen(_Dispensable, logging.StreamHandler[Any]):
+class _Screen(_Dispensable, logging.StreamHandler):  # type: ignore[type-arg]  # from Python 3.11
     """Standard output."""
 
 
