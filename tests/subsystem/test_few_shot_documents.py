@@ -89,16 +89,3 @@ def test_a_checkpoint_that_was_trained_on_is_scheduled_again(folder: Path, tmp_p
     for path in tmp_path.glob("new*.pt"):
         path.rename(tmp_path / path.name.replace("new", "model"))
     assert run(folder, "copa", *words).count("| k=0 |") == 1
-
-
-@pytest.mark.parametrize("wanted", ["fsdp", "moe", "tiny_multi"])
-def test_the_guide_s_words_choose_tests_of_gpus(wanted: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/gpu", "--collect-only", "-qq", "-p",
-         "no:cacheprovider", "-k", wanted],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    modules = {"test_few_shot.py", "test_matrix.py"}
-    expected = {"fsdp": {"test_matrix.py"}, "moe": modules, "tiny_multi": {"test_few_shot.py"}}
-    assert {name for name in modules if name in done.stdout} == expected[wanted]
