@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fairseq_lite.errors import ConfigError, DataError
-from tests.helpers.sweeps import control, grid, hyperparam, results, state
+from tests.helpers.sweeps import attempt, control, grid, hyperparam, results, state
 
 State = state.State
 
@@ -187,6 +187,19 @@ def test_two_sweeps_in_one_moment_start_each_run_once(sweep, capsys):
     for pid in pids:
         os.waitpid(pid, 0)
     assert sweep.starts() == {1: 1, 2: 1, 3: 1}
+
+
+def test_a_run_is_its_sweeps_until_it_is_written_how_it_ended(sweep, monkeypatch):
+    seen = []
+    judge = attempt.Attempt._judge
+
+    def slowly(self: attempt.Attempt, code: int) -> state.Record:
+        seen.append(state.state_of(self.run.save_dir)[0])
+        return judge(self, code)
+
+    monkeypatch.setattr(attempt.Attempt, "_judge", slowly)
+    sweep(status=1)
+    assert seen == [State.RUNNING] * 3
 
 
 def test_a_sweep_that_was_killed_goes_on(sweep):

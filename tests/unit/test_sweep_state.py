@@ -62,7 +62,7 @@ def test_a_process_that_has_gone_was_interrupted(tmp_path):
 def test_a_process_that_nobody_has_waited_for_has_gone(tmp_path):
     child = subprocess.Popen(["sleep", "60"])
     try:
-        record = running(**state.process(child.pid))
+        record = running(**state.child(child.pid) | {"keeper": 0})
         assert state.is_alive(record)
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)

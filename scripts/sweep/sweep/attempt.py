@@ -228,7 +228,7 @@ class Attempt:
             log.write(f"sweep: error: cannot start {command[0]}: {e.strerror}\n".encode())
             log.flush()
             return _NO_COMMAND
-        self._write(State.RUNNING, **state.process(self._child.pid))
+        self._write(State.RUNNING, **state.child(self._child.pid))
         self._child.wait()
         return self._child.exit_code
 

@@ -58,6 +58,7 @@ class Record:
         attempt: its number, from 1.
         host, pid, began: the process that trains (or submits), and what tells it from a later one
             with its number.
+        keeper, keeper_began: the process of the sweep on that host, which writes how it ended.
         job: Slurm's job.
         started, ended: in words.
         seconds: of all attempts together.
@@ -73,6 +74,8 @@ class Record:
     host: str = ""
     pid: int = 0
     began: str = ""
+    keeper: int = 0
+    keeper_began: str = ""
     job: str | None = None
     started: str = ""
     ended: str = ""
@@ -202,18 +205,26 @@ def error_of(lines: Sequence[str], exit_code: int) -> str:
 
 def this_process() -> dict[str, Any]:
     """The fields of a record that say who works on a run."""
-    return process(os.getpid())
+    return dataclasses.asdict(Process.of(os.getpid()))
 
 
-def process(pid: int) -> dict[str, Any]:
-    """The same of another process of this machine."""
-    return dataclasses.asdict(Process.of(pid))
+def child(pid: int) -> dict[str, Any]:
+    """The same of a process that works for this one."""
+    keeper = Process.of(os.getpid())
+    return dataclasses.asdict(Process.of(pid)) | {
+        "keeper": keeper.pid,
+        "keeper_began": keeper.began,
+    }
 
 
 def is_alive(record: Record) -> bool:
     """Whether the process or the job of a record lives; where nobody can be asked, assumed."""
     if record.job is None:
-        return Process(record.host, record.pid, record.began).is_alive
+        # A process that has ended is still somebody's whose keeper has not yet written how.
+        workers = [(record.pid, record.began)]
+        if record.keeper:
+            workers.append((record.keeper, record.keeper_began))
+        return any(Process(record.host, pid, began).is_alive for pid, began in workers)
     jobs = slurm_jobs_alive([record.job])
     return jobs is None or record.job in jobs
 
