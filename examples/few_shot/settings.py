@@ -124,11 +124,6 @@ def plan(model_name: str, **given: Any) -> list[PlannedEvaluation]:
     if not names:
         raise ConfigError("--tasks is needed: names of tasks or groups; --list-tasks prints them")
     options = _general(given)
-    if options.beam_size > 1 and not any(task_type(name).kind in _WITH_BEAMS for name in names):
-        raise ConfigError(
-            f"--beam-size {options.beam_size}: these tasks choose among candidates, none writes or"
-            " ranks; leave it out"
-        )
     per_task, rest = _split(given, names)
     found = [
         each

@@ -30,6 +30,7 @@ def said(model: str = "m", **given: Any) -> list[str]:
         ({"scoring": "sum"}, "--scoring sum: none of these tasks chooses"),
         ({"skip_context_scores": True}, "--skip-context-scores: none of these tasks chooses"),
         ({"tasks": ["lama", "wmt14fren"], "scoring": "mean"}, "--scoring mean: none of these"),
+        ({"tasks": "copa", "beam_size": 4}, "--beam-size 4: none of these tasks writes answers"),
         ({"tasks": "perplexity", "perplexity_eval_set": "a.txt", "train_sep": "\\n"},
          r"--train-sep \\n: none of these tasks puts questions"),
     ],

@@ -136,7 +136,6 @@ def test_a_set_is_the_task_s_own_or_that_for_all() -> None:
         ({"copa_valid_lang": "de"}, "^--copa-valid-lang: copa is in one language"),
         ({"tasks": "xcopa", "xcopa_valid_lang": "it"}, "say --xcopa-valid-set SET_OR_FILE, too"),
         ({"compute_vocab_dist": True}, "copa ranks no word of the vocabulary"),
-        ({"beam_size": 4}, "--beam-size 4: these tasks choose among candidates"),
         ({"copa_train_set": "nope", "nb_few_shot_samples_values": 0}, "no set and no file 'nope'"),
         ({"copa_eval_set": ["val", "dev"]}, "no set and no file 'dev'; its sets are train, val"),
         ({"predictor_name": "oracle"}, "--predictor-name oracle: unknown predictor"),
@@ -195,3 +194,9 @@ def test_the_flags_of_the_original_are_there() -> None:
         --xcopa-valid-lang""".split()
     assert set(wanted) <= known
     assert {f.name for f in dataclasses.fields(EvaluationOptions)} >= {"max_tokens", "fsdp"}
+
+
+def test_a_beam_size_of_a_models_setting_is_no_part_of_choosing() -> None:
+    (one,), (other,) = (plan("m", tasks="copa", nb_few_shot_samples_values=[0], beam_size=size)
+                        for size in (1, 4))  # fmt: skip
+    assert one.settings == other.settings
